@@ -1,0 +1,27 @@
+# make run: the quick start. make test: everything the tests need, then the tests.
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: run test clean
+
+run: .venv/installed
+	@test -f data/shakespeare/meta.json || $(PY) prepare_text.py
+	$(PY) train.py config/quickstart.py --init_from=auto
+	$(PY) sample.py --init_from=out/quickstart --start "HAMLET:" --max_new_tokens=400
+
+test: .venv/installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taleGPT needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,284 @@
+"""What several scripts need: devices and ranks, schedules, checkpoints, the metrics of a run."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import replacing
+from model import GPT, hub_file, load_torch
+
+# Dense bfloat16 peak of chips in FLOP/s, from the makers' data sheets, by a part of the name that
+# torch.cuda.get_device_name gives. A chip that is not here has no MFU rather than a wrong one.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
+    "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "A6000": 155e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "V100": 125e12, "T4": 65e12,  # these two in float16: they have no bfloat16
+}
+
+
+class Device:
+    """Where and how this process computes: device, dtype, autocast, rank and world size.
+
+    device: auto, cpu, cuda, cuda:N or mps. dtype: auto, float32, bfloat16 or float16; auto is
+    bfloat16 on a GPU that has it, float16 on one that has not, float32 elsewhere. Started by
+    torchrun, it joins the process group (nccl on GPUs, gloo on CPUs). ValueError for what this
+    machine has not.
+    """
+
+    def __init__(self, device: str = "auto", dtype: str = "auto"):
+        self.rank, self.world, local_rank = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        if device == "auto":
+            mps = torch.backends.mps.is_available()
+            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        try:
+            self.device = torch.device(device)
+            if self.device == torch.device("cuda"):
+                self.device = torch.device("cuda", local_rank)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"device={device} cannot be used here ({str(e).splitlines()[0]}); "
+                             "try --device=cpu") from None
+        self.type = self.device.type
+        if self.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32
+        has_bf16 = self.type != "cuda" or torch.cuda.get_device_capability(self.device) >= (8, 0)
+        if dtype == "auto":
+            dtype = ("bfloat16" if has_bf16 else "float16") if self.type == "cuda" else "float32"
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r} is unknown: auto, float32, bfloat16 or float16")
+        if dtype == "bfloat16" and not has_bf16:
+            raise ValueError(f"{self.name()} has no bfloat16; --dtype=float16 serves there")
+        if dtype == "float16" and self.type == "cpu":
+            raise ValueError("dtype=float16 is for GPUs; on a CPU use float32 or bfloat16")
+        self.dtype = getattr(torch, dtype)
+        self.scaler = torch.amp.GradScaler(self.type, enabled=dtype == "float16")
+        if self.world > 1 and not dist.is_initialized():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dist.init_process_group("nccl" if self.type == "cuda" else "gloo")
+
+    def autocast(self):
+        """The context of forward passes."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.type, self.dtype)
+
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.type == "cuda" else self.type
+
+    def peak_flops(self) -> float | None:
+        """Dense 16-bit peak of this chip in FLOP/s; None where it is unknown or not what runs."""
+        if self.type != "cuda" or self.dtype == torch.float32:
+            return None
+        return next((peak for chip, peak in PEAK_FLOPS.items() if chip in self.name()), None)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of each value over all ranks."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64 if self.type != "mps" else torch.float32,
+                             device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def lr_scale(schedule: str, step: int, max_steps: int, warmup_steps: int, min_scale: float = 0.0,
+             decay_fraction: float = 0.2) -> float:
+    """Fraction of the peak learning rate for update `step`, counted from 0.
+
+    Linear warmup (the first update takes 1 / warmup_steps), then `cosine` (Loshchilov and Hutter
+    2017) or `linear` decay towards min_scale, which the update after the last would reach, `wsd`
+    (warmup, stable, then linear decay over the last decay_fraction; Hu et al. 2024) or `constant`.
+    ValueError for another name.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    begin = warmup_steps
+    if schedule == "wsd":
+        begin = max(begin, round(max_steps * (1 - decay_fraction)))
+    done = min(max(0.0, (step - begin) / max(1, max_steps - begin)), 1.0)  # of the decay
+    if schedule == "cosine":
+        return min_scale + (1 - min_scale) * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule in ("linear", "wsd"):
+        return min_scale + (1 - min_scale) * (1 - done)
+    raise ValueError(f"lr_schedule={schedule!r} is unknown: cosine, linear, wsd or constant")
+
+
+def micro_batch_seed(seed: int, step: int, micro: int) -> int:
+    """Seed of torch's random numbers (dropout) for one micro-batch of the whole job, so that they
+    depend neither on what ran before nor on how many ranks share the step."""
+    x = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro * 0x94D049BB133111EB)
+    x ^= x >> 31
+    return x * 0xD6E8FEB86659FD93 % 2**63
+
+
+def micro_batches(total_batch_tokens: int | None, batch_size: int, block_size: int, world: int
+                  ) -> int:
+    """Micro-steps of each rank that make up one update; ValueError says which numbers would do."""
+    one = batch_size * block_size * world
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if total_batch_tokens is None:
+        return 1
+    if total_batch_tokens < one or total_batch_tokens % one:
+        n = max(1, round(total_batch_tokens / one))
+        per_rank = total_batch_tokens // (block_size * world)
+        fits = [b for b in range(1, min(batch_size, per_rank) + 1) if per_rank % b == 0]
+        exact = total_batch_tokens % (block_size * world) == 0 and fits
+        raise ValueError(
+            f"total_batch_tokens={total_batch_tokens:,} is no multiple of batch_size={batch_size} x "
+            f"block_size={block_size} x {world} rank{'s' * (world > 1)} = {one:,}; use "
+            f"--total_batch_tokens={n * one}" + (f" or --batch_size={fits[-1]}" if exact else ""))
+    return total_batch_tokens // one
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop asks at a step's end; a second
+    Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ---- a run's folder ----
+
+def save_checkpoint(path, checkpoint: dict):
+    """torch.save of tensors and plain values, whole or not at all; OSError when it cannot."""
+    with replacing(path) as tmp:
+        try:
+            torch.save(checkpoint, tmp)
+        except RuntimeError as e:  # torch's word for a disk that is full
+            raise OSError(str(e).splitlines()[0] + ": is the disk full?") from None
+
+
+def save_best(out_dir: Path, model, tokenizer_json: str):
+    """Puts a model and its tokenizer into OUT/best as a Hugging Face folder."""
+    try:
+        if not (out_dir / "best" / "tokenizer.json").is_file():
+            from tokenizer import from_json
+            (out_dir / "best").mkdir(parents=True, exist_ok=True)
+            from_json(tokenizer_json).save(out_dir / "best")
+        model.save_pretrained(out_dir / "best")
+    except Exception as e:
+        if isinstance(e, (OSError, RuntimeError)) or "SafetensorError" in type(e).__name__:
+            raise OSError(f"cannot write {out_dir / 'best'}: {e}; what was there before is untouched"
+                          ) from e
+        raise
+
+
+class Metrics:
+    """OUT/metrics.jsonl, one JSON object a logged step, and OUT/loss.png drawn from it."""
+
+    def __init__(self, out_dir: Path, resume_step: int | None = None):
+        """Starts an empty file or, given the step that a run resumes from, drops the later rows."""
+        self.path, self.png = out_dir / "metrics.jsonl", out_dir / "loss.png"
+        self.rows = []
+        if resume_step is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # cut short by a crash
+                if row["step"] <= resume_step:
+                    self.rows.append(row)
+        with replacing(self.path) as tmp:
+            tmp.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def log(self, **row):
+        row = {key: float(f"{v:.7g}") if isinstance(v, float) else v for key, v in row.items()
+               if v is not None}
+        self.rows.append(row)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def plot(self):
+        """Training and validation loss against tokens."""
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        fig, ax = plt.subplots(figsize=(7, 4.2), dpi=110, layout="constrained")
+        for key, label, style in (("train_loss", "training (one step)", {"lw": 0.8, "alpha": 0.6}),
+                                  ("val_loss", "validation", {"lw": 1.8, "marker": "o", "ms": 3})):
+            points = [(row["tokens"], row[key]) for row in self.rows if key in row]
+            if points:
+                ax.plot(*zip(*points), label=label, **style)
+        last = next((row for row in reversed(self.rows) if "val_loss" in row), None)
+        if last:
+            ax.set_title(f"validation loss {last['val_loss']:.4f} after {last['step']:,} steps, "
+                         f"{last['elapsed_s'] / 60:.1f} min of training", fontsize=10)
+        ax.set(xlabel="training tokens", ylabel="loss (nats a token)")
+        ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        ax.grid(alpha=0.25)
+        ax.legend(frameon=False)
+        with replacing(self.png) as tmp:
+            fig.savefig(tmp, format="png")
+        plt.close(fig)
+
+
+def set_aside(out_dir: Path):
+    """Moves the run that a folder holds into OUT/previous, in place of what that held."""
+    if not (out_dir / "ckpt.pt").is_file():
+        return
+    previous = out_dir / "previous"
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir()
+    for name in ("metrics.jsonl", "loss.png", "best", "ckpt.pt"):
+        if (out_dir / name).exists():
+            os.replace(out_dir / name, previous / name)
+
+
+def resume_command() -> str:
+    """The command that goes on with an interrupted run."""
+    words = [word for word in sys.argv[1:] if not word.startswith(("--init_from", "--init-from"))]
+    return " ".join(["python", os.path.relpath(sys.argv[0]), *words, "--init_from=resume"])
+
+
+def load_model(name, tokenizer_name: str | None = None, **options):
+    """(GPT, its Tokenizer) of a run folder, a Hugging Face folder or a hub name.
+
+    options go to GPT.from_pretrained. A model without tokenizer files is taken for GPT-2's, and a
+    tokenizer may be named instead; ValueError when its size is not the model's.
+    """
+    from tokenizer import from_json, open_tokenizer
+    model = GPT.from_pretrained(name, **options)
+    folder = Path(name)
+    if tokenizer_name is not None:
+        tokenizer = open_tokenizer(tokenizer_name)
+    elif (folder / "ckpt.pt").is_file() and not (folder / "best" / "config.json").is_file():
+        tokenizer = from_json(load_torch(folder / "ckpt.pt")["tokenizer"])
+    elif folder.is_dir():
+        folder = folder / "best" if (folder / "best" / "config.json").is_file() else folder
+        has = any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "vocab.bpe"))
+        tokenizer = open_tokenizer(folder if has else "gpt2")
+    else:
+        file = hub_file(str(name), "tokenizer.json", options.get("revision"))
+        tokenizer = open_tokenizer(file if file else "gpt2")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids, the model "
+                         f"in {name} has {model.config.vocab_size}; name another with --tokenizer")
+    return model, tokenizer

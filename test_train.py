@@ -1,0 +1,317 @@
+"""Training and sampling as a person runs them: resume, ranks, schedules, mistakes."""
+
+import ast
+import glob
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from common import Metrics, lr_scale, micro_batch_seed, micro_batches, save_checkpoint
+from configurator import configure, find_settings
+from data import write_data
+from model import GPT, load_torch
+from tokenizer import char_tokenizer, open_tokenizer
+
+HERE = Path(__file__).parent
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
+        "--device=cpu", "--sample_tokens=8", "--warmup_steps=2", "--log_interval=1"]
+DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(train)).items()}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A small data set of characters, and one of GPT-2 tokens."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "far"]
+    text = "\n".join(" ".join(rng.choice(words, 8)) for _ in range(200))
+    write_data(f"{folder}/c", char_tokenizer(set(text)), {"train": [text], "val": [text[:1000]]})
+    stories = text.split("\n")
+    write_data(f"{folder}/g", open_tokenizer("gpt2"), {"train": stories, "val": stories[:30]})
+    return folder
+
+
+def run_train(*argv):
+    vars(train).update(DEFAULTS)
+    configure(vars(train), list(argv))
+    train.main()
+
+
+def script(*argv, fails=False, cwd=None, env=None):
+    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True,
+                          timeout=300, cwd=cwd, env=os.environ | (env or {}), check=False)
+    text = done.stdout + done.stderr
+    if fails:
+        assert done.returncode == 2, text
+        assert "Traceback" not in text and done.stderr.count("\n") == 1, text
+    else:
+        assert done.returncode == 0, text
+    return text
+
+
+def weights(folder):
+    return load_torch(Path(folder) / "ckpt.pt")
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_three_and_three_steps_equal_six(shared, tmp_path):
+    common = [*TINY, f"--dataset={shared}/c", "--dropout=0.2", "--eval_interval=3",
+              "--total_batch_tokens=128", "--lr_schedule=constant"]  # 2 micro-steps
+    run_train(*common, "--max_steps=6", f"--out_dir={tmp_path}/six")
+    run_train(*common, "--max_steps=3", f"--out_dir={tmp_path}/cut")
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as f:  # logged, but not in the checkpoint
+        f.write('{"step": 4, "tokens": 512, "train_loss": 0.0}\n')
+    run_train(*common, "--max_steps=6", f"--out_dir={tmp_path}/cut", "--init_from=resume")
+    six, cut = weights(tmp_path / "six"), weights(tmp_path / "cut")
+    assert cut["step"] == 6 and cut["windows"] == six["windows"] == 6 * 8
+    assert cut["best_loss"] == six["best_loss"]
+    for name in six["model"]:
+        assert torch.equal(six["model"][name], cut["model"][name]), name
+    for i, state in six["optimizer"]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, cut["optimizer"]["state"][i][key])
+
+    def logged(folder):
+        return [{k: v for k, v in row.items() if k not in ("elapsed_s", "tokens_per_s")}
+                for row in rows(folder)]
+
+    assert logged(tmp_path / "six") == logged(tmp_path / "cut")
+    assert [row["step"] for row in logged(tmp_path / "cut")] == list(range(7))
+
+
+def test_metrics_after_a_crash_have_no_row_twice(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in range(1, 6):
+        metrics.log(step=step, tokens=step, train_loss=1 / step, mfu=None)
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 6, "tok')
+    metrics = Metrics(tmp_path, resume_step=3)
+    metrics.log(step=4, tokens=4, train_loss=0.5)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    assert "mfu" not in rows(tmp_path)[0] and rows(tmp_path)[2]["train_loss"] == 0.3333333
+
+
+def test_two_ranks_equal_one(shared, tmp_path):
+    """The same gradients (an SGD-like single update of AdamW shows them) and the same losses."""
+    common = [HERE / "train.py", *TINY, f"--dataset={shared}/c", "--dropout=0.1", "--max_steps=4",
+              "--eval_interval=2", "--total_batch_tokens=256", "--batch_size=4"]
+    script(*common, f"--out_dir={tmp_path}/one")
+    text = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common,
+                  f"--out_dir={tmp_path}/two", env={"OMP_NUM_THREADS": "1"})
+    assert text.count("parameters") == 1, text  # one rank prints
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 1, 2, 3, 4]
+    for a, b in zip(one, two):
+        for key in ("train_loss", "grad_norm", "val_loss"):
+            if key in a:
+                assert math.isclose(a[key], b[key], rel_tol=1e-5), (key, a, b)
+    for name, tensor in weights(tmp_path / "one")["model"].items():
+        assert (tensor - weights(tmp_path / "two")["model"][name]).abs().max() < 2e-5, name
+
+
+def test_run_folder_and_sample(shared, tmp_path):
+    out = tmp_path / "run"
+    text = script(HERE / "train.py", *TINY, f"--dataset={shared}/g", "--max_steps=2",
+                  "--eval_interval=2", f"--out_dir={out}", cwd=tmp_path)
+    assert "validation loss" in text and "a sample" in text and "done: 2 steps" in text
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    row = rows(out)[-1]
+    assert {"step", "tokens", "train_loss", "val_loss", "val_ppl", "val_bpb", "lr", "grad_norm",
+            "tokens_per_s", "elapsed_s"} <= row.keys()
+    assert math.isclose(row["val_ppl"], math.exp(row["val_loss"]), rel_tol=1e-5)
+    checkpoint = weights(out)
+    assert checkpoint["step"] == 2 and checkpoint["model"].keys() == GPT.from_pretrained(
+        out).state_dict().keys()
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.GPT2LMHeadModel.from_pretrained(out / "best").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "best")
+    ids = tokenizer("the cat sat", return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == open_tokenizer("gpt2").encode("the cat sat").tolist()
+    assert (hf(ids).logits - GPT.from_pretrained(out)(ids)[0]).abs().max() < 1e-4
+    for folder in (out, out / "best"):
+        text = script(HERE / "sample.py", f"--init_from={folder}", "--start", "the cat",
+                      "--max_new_tokens=5", "--device=cpu", cwd=tmp_path)
+        assert "the cat" in text and "tokens/s" in text
+    text = script(HERE / "sample.py", f"--init_from={out}", "--num_samples=3", "--temperature=0",
+                  "--max_new_tokens=3", "--device=cpu")
+    assert text.count("--- ") == 3
+    (tmp_path / "prompt.txt").write_text("a mat " * 60)
+    text = script(HERE / "sample.py", f"--init_from={out}", f"--start=FILE:{tmp_path}/prompt.txt",
+                  "--max_new_tokens=3", "--device=cpu")
+    assert "the context 16" in text
+    again = script(HERE / "train.py", *TINY, f"--dataset={shared}/g", "--max_steps=2",
+                   f"--out_dir={out}", "--init_from=auto")
+    assert "is finished: 2 of 2" in again
+    only = script(HERE / "train.py", *TINY, f"--dataset={shared}/g", "--eval_only",
+                  f"--init_from={out}/best")
+    assert f"loss {row['val_loss']:.4f}" in only
+
+
+def test_evaluation_is_the_mean_over_the_whole_split(shared, tmp_path):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}", "--max_steps=1"]
+    run_train(*common)
+    model = GPT.from_pretrained(tmp_path)
+    ids = torch.from_numpy(np.fromfile(shared / "c" / "val_00000.bin", np.uint8).astype(np.int64))
+    total = 0.0
+    for start in range(0, len(ids) - 1, 16):
+        x, y = ids[start:start + 17][:-1], ids[start + 1:start + 17]
+        total += torch.nn.functional.cross_entropy(model(x[None])[0][0], y, reduction="sum").item()
+    loss = total / (len(ids) - 1)
+    row = rows(tmp_path)[-1]
+    assert math.isclose(row["val_loss"], loss, rel_tol=1e-5)
+    assert math.isclose(row["val_bpb"], loss / math.log(2), rel_tol=1e-4)  # ASCII, no end-of-text
+
+
+def test_interrupted_training_saves_and_goes_on(shared, tmp_path):
+    command = [sys.executable, HERE / "train.py", *TINY, f"--dataset={shared}/c",
+               f"--out_dir={tmp_path}/run", "--max_steps=100000", "--eval_interval=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    text = process.stdout.read()
+    assert process.wait(60) == 0
+    stopped = int(re.search(r"stopped by SIGINT at step (\d+)", text)[1])
+    assert "--init_from=resume" in text and weights(tmp_path / "run")["step"] == stopped
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(stopped + 1))
+    run_train(*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run", "--init_from=resume",
+              f"--max_steps={stopped + 1}")
+    assert weights(tmp_path / "run")["step"] == stopped + 1
+
+
+@pytest.mark.parametrize(("argv", "word"), [
+    (["--dataset=nothing/here"], "prepare_text.py"), (["--dataset=tinystories_missing"], "prepare"),
+    (["--n_head=3"], "n_head=2|n_head=4"), (["--max_steps=0"], "max_steps"),
+    (["--total_batch_tokens=100"], "--total_batch_tokens=128"),
+    (["--total_batch_tokens=96"], "--batch_size=3"), (["--optimizer=sgd"], "adamw"),
+    (["--lr_schedule=cos"], "cosine, linear, wsd"), (["--init_from=resume"], "resume from"),
+    (["--init_from=./no/folder"], "no folder"), (["--block_size=100000"], "100001"),
+    (["--device=tpu"], "--device=cpu"), (["--dtype=float8"], "float8"),
+    (["--dtype=float16"], "float16 is for GPUs"), (["--batch_size=0"], "batch_size")])
+def test_mistakes_are_one_line(shared, tmp_path, argv, word):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run", "--max_steps=1"]
+    with pytest.raises(ValueError, match=word) as e:
+        run_train(*common, *argv)
+    assert "\n" not in str(e.value)
+
+
+def test_mistakes_on_the_command_line(shared, tmp_path):
+    text = script(HERE / "train.py", "--dataset=missing/data", fails=True)
+    assert "error: no prepared data" in text
+    text = script(HERE / "sample.py", f"--init_from={tmp_path}", fails=True)
+    assert "not a model folder" in text
+    text = script(HERE / "sample.py", fails=True, cwd=tmp_path)
+    assert "config/quickstart.py" in text
+
+
+def test_resuming_something_else_is_refused(shared, tmp_path):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}"]
+    run_train(*common, "--max_steps=1")
+    with pytest.raises(ValueError, match="n_embd=16, not 32"):
+        run_train(*common, "--max_steps=2", "--init_from=resume", "--n_embd=32")
+    with pytest.raises(ValueError, match="dataset="):
+        run_train(*common, "--max_steps=2", "--init_from=auto", f"--dataset={shared}/g")
+    with pytest.raises(ValueError, match="vocabulary of"):
+        run_train(*common, "--eval_only", f"--init_from={tmp_path}", f"--dataset={shared}/g")
+    run_train(*common, "--max_steps=2", f"--init_from={tmp_path}/best")  # a pretrained start
+    (tmp_path / "ckpt.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"ckpt\.pt"):
+        run_train(*common, "--max_steps=2", "--init_from=resume")
+
+
+def test_a_new_run_keeps_the_one_that_was_there(shared, tmp_path):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run"]
+    run_train(*common, "--max_steps=2")
+    run_train(*common, "--max_steps=1")
+    assert weights(tmp_path / "run")["step"] == 1 and len(rows(tmp_path / "run")) == 2
+    assert weights(tmp_path / "run" / "previous")["step"] == 2
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
+
+    def full(*args):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path / "ckpt.pt", {"step": 2})
+    assert load_torch(tmp_path / "ckpt.pt") == {"step": 1}
+
+
+def test_schedules():
+    def scales(schedule, **options):
+        return [lr_scale(schedule, s, 100, 10, 0.1, **options) for s in range(100)]
+
+    for schedule in ("cosine", "linear", "wsd", "constant"):
+        s = scales(schedule)
+        assert s[0] == 0.1 and s[9] == 1.0 and s[10] == pytest.approx(1.0)
+        assert sorted(s[10:], reverse=True) == s[10:]
+    assert scales("cosine")[55] == pytest.approx(0.55)
+    assert scales("linear")[55] == pytest.approx(0.55)
+    assert scales("wsd")[80] == pytest.approx(1) and scales("wsd")[90] == pytest.approx(0.55)
+    assert lr_scale("linear", 100, 100, 10, 0.1) == pytest.approx(0.1)
+    assert lr_scale("cosine", 100, 100, 10, 0.1) == pytest.approx(0.1)
+    assert scales("constant")[99] == 1.0
+    with pytest.raises(ValueError, match="cosine, linear"):
+        lr_scale("exponential", 50, 100, 10)
+
+
+def test_micro_batches():
+    assert micro_batches(None, 12, 64, 1) == 1
+    assert micro_batches(524_288, 16, 1024, 8) == 4
+    with pytest.raises(ValueError, match="--total_batch_tokens=1344 or --batch_size=4"):
+        micro_batches(1536, 7, 64, 3)
+
+
+def test_micro_batch_seeds_differ():
+    seeds = {micro_batch_seed(s, step, micro) for s in range(4) for step in range(50)
+             for micro in range(16)}
+    assert len(seeds) == 4 * 50 * 16 and all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.parametrize("config", sorted(glob.glob("config/*.py", root_dir=HERE)))
+def test_every_config_parses(config):
+    stem = Path(config).stem
+    name = next((n for n in ("finetune_instruct", "sonnet") if n == stem),
+                "finetune_cls" if stem.startswith("finetune") else "train")
+    configure(dict(vars(importlib.import_module(name))), [config])
+    tree = ast.parse((HERE / config).read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "what it costs and reaches"
+
+
+def test_every_readme_command_has_flags_and_files_that_exist():
+    text = (HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL))
+    lines = [line for line in blocks.splitlines() if re.search(r"\b\w+\.py\b", line)]
+    assert len(lines) > 5
+    for line in lines:
+        command = re.search(r"(?<![/\w])(\w+)\.py\b([^#]*)", line)
+        settings = find_settings(vars(importlib.import_module(command[1])))
+        for flag in re.findall(r"\s--([\w-]+)", command[2]):
+            assert flag.replace("-", "_") in settings, line
+        for config in re.findall(r"config/\w+\.py", line):
+            assert (HERE / config).is_file(), line
+
+
+def test_scripts_do_nothing_on_import():
+    names = [p.stem for p in HERE.glob("*.py") if not p.stem.startswith("test_")]
+    start = time.time()
+    text = script("-c", f"import sys; sys.argv = ['x', '--junk']; import {', '.join(names)}")
+    assert text == "" and time.time() - start < 120

@@ -1,0 +1,330 @@
+"""Pretrains a GPT-2, on one CPU or on many GPUs.
+
+    python train.py config/quickstart.py
+    python train.py config/tinystories.py --batch_size=8
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124M.py
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=IP --master_port=29500 \\
+        train.py config/gpt2_124M.py            # and --node_rank=1 on the other node
+    python train.py config/tinystories.py --init_from=resume
+    python train.py --eval_only --init_from=gpt2 --dataset=tinystories
+"""
+
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from common import (
+    Device,
+    Metrics,
+    StopSignal,
+    lr_scale,
+    micro_batch_seed,
+    micro_batches,
+    resume_command,
+    save_best,
+    save_checkpoint,
+    set_aside,
+)
+from configurator import run
+from data import Data, WindowOrder
+from model import GPT, GPTConfig, load_torch
+from optim import build_optimizer
+
+# what and where
+out_dir = "out/run"  # the run's folder: ckpt.pt, best/, metrics.jsonl, loss.png
+dataset = "tinystories"  # data/NAME, made by a prepare script; or a path with a slash in it
+verify = False  # check the checksums of all shards first
+init_from = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), a hub name or folder
+seed = 1337
+# the network (of a new one)
+block_size = 1024  # context in tokens; crops that of a pretrained model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # also of a pretrained model
+bias = True  # in Linear and LayerNorm; GPT-2 has it
+activation = "gelu_new"  # GPT-2's tanh GELU; or gelu (erf)
+# the updates
+max_steps = 3000  # updates in all
+batch_size = 16  # sequences of a micro-batch, on each rank
+total_batch_tokens: int | None = None  # tokens an update, over all ranks; None: one micro-batch each
+optimizer = "adamw"
+learning_rate = 6e-4  # its peak
+weight_decay = 0.1  # of matrices
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0 for none
+lr_schedule = "cosine"  # after the warmup: cosine, linear, wsd (stable, then linear) or constant
+warmup_steps = 100
+min_lr_scale = 0.1  # what the learning rate decays to, as a fraction of its peak
+decay_fraction = 0.2  # wsd: part of max_steps that decays
+# what is seen of it
+log_interval = 10  # steps between lines
+eval_interval = 250  # steps between evaluations, each with a checkpoint and a sample
+eval_tokens: int | None = None  # evaluate on the first so many tokens; None: the whole split
+eval_only = False  # evaluate and leave
+sample_tokens = 100  # length of the printed sample; 0 for none
+wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
+# the machine
+device = "auto"  # cpu, cuda, cuda:1, mps
+dtype = "auto"  # of autocast: float32, bfloat16, float16
+compile: bool | None = None  # torch.compile; None: on GPUs
+
+
+@torch.inference_mode()
+def evaluate(model, split, env) -> dict:
+    """Mean loss over fixed windows of a split, shared among the ranks: val_loss (nats a token),
+    val_ppl and, where the bytes of its text are known, val_bpb (bits a UTF-8 byte)."""
+    T, tokens = model.config.block_size, split.tokens - 1  # the first is not predicted
+    if eval_tokens is not None:
+        tokens = min(tokens, max(eval_tokens, 1))
+    rows = max(batch_size, min(4096, 2**26 // model.config.vocab_size) // T)  # a batch that fits
+    full = tokens // T
+    batches = [(range(i * T, min(i + rows, full) * T, T), T) for i in range(0, full, rows)]
+    if tokens % T:
+        batches.append(([full * T], tokens % T))
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for starts, length in batches[env.rank::env.world]:
+        ids = torch.from_numpy(split.rows(starts, length + 1)).to(env.device)
+        with env.autocast():
+            loss = model(ids[:, :-1], ids[:, 1:])[1]
+        total += loss.double().cpu() * len(starts) * length
+    model.train()
+    loss = env.sum(total.item())[0] / tokens
+    found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700))}
+    if split.bytes:
+        found["val_bpb"] = loss / math.log(2) * split.tokens / split.bytes
+    return found
+
+
+def sample_text(model, tokenizer, tokens: int) -> str:
+    """A sample of the model, from end-of-text or (characters) a line break; always drawn alike."""
+    start = tokenizer.eos_id
+    if start is None:
+        start = tokenizer.encode("\n")[0] if "\n" in tokenizer.decode(range(tokenizer.vocab_size)) \
+            else 0
+    idx = torch.tensor([[int(start)]], device=next(model.parameters()).device)
+    ids = model.generate(idx, tokens, temperature=0.8, top_k=min(200, tokenizer.vocab_size),
+                         eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(seed))
+    return tokenizer.decode(ids[0, 1:].tolist()).strip()
+
+
+def compiled(model, x, y, env):
+    """torch.compile(model), tried on one batch; the model itself, with a warning, if that fails."""
+    try:
+        fast = torch.compile(model)
+        with env.autocast():
+            fast(x, y)[1].backward()
+        model.zero_grad(set_to_none=True)
+        return fast
+    except Exception as e:  # noqa: BLE001 (whatever the platform lacks)
+        print(f"warning: torch.compile failed here ({type(e).__name__}: "
+              f"{str(e).splitlines()[0][:120]}); running eager")
+        return model
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def main():
+    settings = {k: v for k, v in globals().items() if not k.startswith("_") and k.islower()
+                and isinstance(v, (int, float, str, list, type(None)))}
+    env = Device(device, dtype)
+    say = print if env.rank == 0 else lambda *args, **kwargs: None
+    out = Path(out_dir)
+    data = Data(dataset, verify)
+    tokenizer = data.tokenizer()
+    accumulation = micro_batches(total_batch_tokens, batch_size, block_size, env.world)
+    for name in ("max_steps", "log_interval", "eval_interval"):
+        if globals()[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {globals()[name]}")
+    lr_scale(lr_schedule, warmup_steps, max_steps, warmup_steps)  # an unknown name ends here
+
+    # ---- the model: new, resumed or pretrained ----
+    torch.manual_seed(seed)
+    checkpoint = None
+    if init_from in ("resume", "auto") and (out / "ckpt.pt").is_file():
+        checkpoint = load_torch(out / "ckpt.pt")
+        for name in ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "activation"):
+            if settings[name] != checkpoint["settings"][name]:
+                raise ValueError(f"{out / 'ckpt.pt'} was trained with {name}="
+                                 f"{checkpoint['settings'][name]}, not {settings[name]}; give that, "
+                                 "or another --out_dir")
+        raw_model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
+        raw_model.load_state_dict(checkpoint["model"])
+    elif init_from == "resume":
+        raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start with --init_from=scratch")
+    elif init_from in ("scratch", "auto"):
+        raw_model = GPT(GPTConfig(block_size, data.vocab_size, n_layer, n_head, n_embd, dropout,
+                                  bias, activation))
+    else:
+        raw_model = GPT.from_pretrained(init_from, dtype=torch.float32, dropout=dropout,
+                                        block_size=None if eval_only else block_size)
+    config = raw_model.config
+    if config.vocab_size != data.vocab_size:
+        raise ValueError(f"the model has a vocabulary of {config.vocab_size}, data set {dataset} "
+                         f"({tokenizer.name}) one of {data.vocab_size}; prepare it with the model's")
+    raw_model.to(env.device)
+    if eval_only:
+        found = evaluate(raw_model, data.val, env)
+        say(f"{init_from} on {dataset}, {data.val.tokens:,} tokens: loss {found['val_loss']:.4f}, "
+            f"perplexity {found['val_ppl']:.2f}"
+            + (f", {found['val_bpb']:.4f} bits a byte" if "val_bpb" in found else ""))
+        return env.close()
+
+    update = build_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
+    step, tokens, windows, elapsed, best_loss = 0, 0, 0, 0.0, math.inf
+    if checkpoint is not None:
+        update.load_state_dict(checkpoint["optimizer"])
+        env.scaler.load_state_dict(checkpoint["scaler"])
+        step, tokens, windows, elapsed, best_loss = (
+            checkpoint[key] for key in ("step", "tokens", "windows", "elapsed_s", "best_loss"))
+        if step >= max_steps:
+            say(f"{out} is finished: {step} of {max_steps} steps, best validation loss "
+                f"{best_loss:.4f}. Give more --max_steps to go on, or see it with: "
+                f"python sample.py --init_from={out}")
+            return env.close()
+        say(f"resuming {out} at step {step}")
+    del checkpoint
+
+    # ---- batches ----
+    order = WindowOrder(data.train.tokens, block_size, seed)
+    per_update = accumulation * env.world * batch_size * block_size
+
+    def batch(first):
+        """The micro-batch that starts after `first` windows: x, y (B, T)."""
+        ids = torch.from_numpy(data.train.rows(order(first, batch_size), block_size + 1))
+        if env.type == "cuda":
+            ids = ids.pin_memory()
+        ids = ids.to(env.device, non_blocking=True)
+        return ids[:, :-1], ids[:, 1:]
+
+    say(f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
+        f"{block_size}, vocabulary {config.vocab_size:,} ({tokenizer.name}): "
+        f"{raw_model.num_params():,} parameters")
+    say(f"{data.train.tokens:,} training tokens; {max_steps:,} steps of {per_update:,} tokens "
+        f"({accumulation} x {env.world} micro-batches of {batch_size} x {block_size}), "
+        f"{max_steps * per_update / data.train.tokens:.2f} epochs; {env.name()}, "
+        f"{str(env.dtype).removeprefix('torch.')}")
+    model = raw_model.train()
+    if compile or compile is None and env.type == "cuda":
+        model = compiled(raw_model, *batch(0), env)
+    if env.world > 1:
+        model = DDP(model, device_ids=[env.device] if env.type == "cuda" else None)
+
+    # ---- what is kept of the run ----
+    tokenizer_json = tokenizer.to_json()
+    if env.rank == 0:
+        if step == 0:
+            set_aside(out)
+        out.mkdir(parents=True, exist_ok=True)
+        metrics = Metrics(out, resume_step=step if step else None)
+        if wandb_project:
+            import wandb
+            wandb.init(project=wandb_project, name=out.name, config=settings)
+
+    def save():
+        if env.rank == 0:
+            save_checkpoint(out / "ckpt.pt", {
+                "model": raw_model.state_dict(), "optimizer": update.state_dict(),
+                "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
+                "windows": windows, "elapsed_s": elapsed, "best_loss": best_loss,
+                "config": vars(config), "settings": settings, "tokenizer": tokenizer_json})
+
+    def evaluate_and_keep(row):
+        """Evaluates, keeps the best model, prints a sample; the measures go into the row."""
+        nonlocal best_loss
+        row |= evaluate(raw_model, data.val, env)
+        better = row["val_loss"] < best_loss
+        best_loss = min(best_loss, row["val_loss"])
+        if env.rank == 0:
+            if better:
+                save_best(out, raw_model, tokenizer_json)
+            bpb = f", {row['val_bpb']:.4f} bits a byte" if "val_bpb" in row else ""
+            print(f"step {step}: validation loss {row['val_loss']:.4f}, perplexity "
+                  f"{row['val_ppl']:.2f}{bpb}" + " (best so far)" * better)
+            if sample_tokens and step:
+                print(f"--- a sample\n{sample_text(raw_model, tokenizer, sample_tokens)}\n---")
+
+    def log(row):
+        if env.rank == 0:
+            metrics.log(**row)
+            if wandb_project:
+                wandb.log(row, step=step)
+
+    stop = StopSignal()
+    if step == 0:
+        row = {"step": 0, "tokens": 0, "elapsed_s": 0.0}
+        evaluate_and_keep(row)
+        log(row)
+
+    # ---- the loop ----
+    clock, counted = time.perf_counter(), step
+    while step < max_steps:
+        lr = learning_rate * lr_scale(lr_schedule, step, max_steps, warmup_steps, min_lr_scale,
+                                      decay_fraction)
+        for group in update.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), device=env.device)
+        for micro in range(accumulation):
+            number = micro * env.world + env.rank  # of this micro-batch in the whole job's step
+            torch.manual_seed(micro_batch_seed(seed, step, number))
+            x, y = batch(windows + number * batch_size)
+            last = micro == accumulation - 1
+            with nullcontext() if last or env.world == 1 else model.no_sync():
+                with env.autocast():
+                    loss = model(x, y)[1] / accumulation
+                env.scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        env.scaler.unscale_(update)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        env.scaler.step(update)
+        env.scaler.update()
+        update.zero_grad(set_to_none=True)
+        step, tokens, windows = step + 1, tokens + per_update, windows + per_update // block_size
+
+        last = step == max_steps
+        seen = last or step % eval_interval == 0
+        if not (seen or step % log_interval == 0 or stop.received and env.world == 1):
+            continue
+        loss, stopping = env.sum(loss_sum.item(), bool(stop.received))
+        now = time.perf_counter()
+        elapsed, rate = elapsed + now - clock, (step - counted) / (now - clock)
+        clock, counted = now, step
+        peak = env.peak_flops()
+        mfu = peak and rate * per_update * raw_model.flops_per_token(block_size) / (peak * env.world)
+        row = {"step": step, "tokens": tokens, "train_loss": loss / env.world, "lr": lr,
+               "grad_norm": norm.item(), "tokens_per_s": rate * per_update, "mfu": mfu,
+               "elapsed_s": elapsed}
+        say(f"step {step:5}/{max_steps}  loss {loss / env.world:.4f}  lr {lr:.2e}  "
+            f"norm {norm.item():.2f}  {rate * per_update:,.0f} tok/s"
+            + (f"  mfu {mfu:.1%}" if mfu else "") + f"  left {duration((max_steps - step) / rate)}")
+        if seen:
+            evaluate_and_keep(row)
+        log(row)
+        if seen or stopping:
+            save()
+        if seen and env.rank == 0:
+            metrics.plot()
+        if stopping and not last:
+            say(f"stopped by {stop.received} at step {step}; go on with: {resume_command()}")
+            return env.close()
+        clock = time.perf_counter()  # evaluating and saving is not training
+    say(f"done: {step:,} steps, {tokens:,} tokens, {duration(elapsed)} of training, best validation "
+        f"loss {best_loss:.4f}\nloss curve: {out / 'loss.png'}; text: python sample.py "
+        f"--init_from={out} --start \"…\"")
+    if dist.is_initialized():
+        dist.barrier()
+    return env.close()
+
+
+if __name__ == "__main__":
+    run(main, globals())
