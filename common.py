@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -176,14 +177,12 @@ def save_checkpoint(path, checkpoint: dict):
             raise OSError(str(e).splitlines()[0] + ": is the disk full?") from None
 
 
-def save_best(out_dir: Path, model, tokenizer_json: str):
+def save_best(out_dir: Path, model, tokenizer):
     """Puts a model and its tokenizer into OUT/best as a Hugging Face folder."""
     try:
         if not (out_dir / "best" / "tokenizer.json").is_file():
-            from tokenizer import from_json
-            (out_dir / "best").mkdir(parents=True, exist_ok=True)
-            from_json(tokenizer_json).save(out_dir / "best")
-        model.save_pretrained(out_dir / "best")
+            tokenizer.save(out_dir / "best")
+        model.save_pretrained(out_dir / "best", tokenizer.eos_id)
     except Exception as e:
         if isinstance(e, (OSError, RuntimeError)) or "SafetensorError" in type(e).__name__:
             raise OSError(f"cannot write {out_dir / 'best'}: {e}; what was there before is untouched"
@@ -215,6 +214,25 @@ class Metrics:
         self.rows.append(row)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def sketch(self, width: int = 72, height: int = 9) -> str:
+        """The training loss as a curve of characters, for the terminal."""
+        points = [(row["tokens"], row["train_loss"]) for row in self.rows if "train_loss" in row]
+        if len(points) < 2:
+            return ""
+        columns = [[] for _ in range(width)]
+        for tokens, loss in points:
+            columns[min(width - 1, tokens * width // (points[-1][0] + 1))].append(loss)
+        means = [sum(c) / len(c) if c else None for c in columns]
+        low, high = min(m for m in means if m), max(m for m in means if m)
+        rows = [[" "] * width for _ in range(height)]
+        for x, mean in enumerate(means):
+            if mean is not None:
+                rows[round((high - mean) / max(high - low, 1e-9) * (height - 1))][x] = "•"
+        labels = [f"{high:7.3f} ", *[" " * 8] * (height - 2), f"{low:7.3f} "]
+        lines = [f"{label}│{''.join(row).rstrip()}" for label, row in zip(labels, rows)]
+        return "\n".join([*lines, f"{' ' * 8}└{'─' * width}",
+                          f"{'training loss, 0':>24}{f'{points[-1][0]:,} tokens':>{width - 15}}"])
 
     def plot(self):
         """Training and validation loss against tokens."""
@@ -252,23 +270,34 @@ def set_aside(out_dir: Path):
             os.replace(out_dir / name, previous / name)
 
 
-def resume_command() -> str:
-    """The command that goes on with an interrupted run."""
-    words = [word for word in sys.argv[1:] if not word.startswith(("--init_from", "--init-from"))]
-    return " ".join(["python", os.path.relpath(sys.argv[0]), *words, "--init_from=resume"])
+def command_line(**changes) -> str:
+    """The command that started this script, with settings changed."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        key, equals, _ = word.partition("=")
+        if skip and not word.startswith("--"):
+            skip = False
+            continue
+        skip = False
+        if key.startswith("--") and key[2:].replace("-", "_") in changes:
+            skip = not equals  # its value is the next word
+        else:
+            words.append(word)
+    words += [f"--{key}={value}" for key, value in changes.items()]
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *words])
 
 
-def load_model(name, tokenizer_name: str | None = None, **options):
+def load_model(name, tokenizer=None, **options):
     """(GPT, its Tokenizer) of a run folder, a Hugging Face folder or a hub name.
 
-    options go to GPT.from_pretrained. A model without tokenizer files is taken for GPT-2's, and a
-    tokenizer may be named instead; ValueError when its size is not the model's.
+    options go to GPT.from_pretrained. A model without tokenizer files is taken for GPT-2's; another
+    tokenizer, or its name, may be given. ValueError when its size is not the model's.
     """
     from tokenizer import from_json, open_tokenizer
     model = GPT.from_pretrained(name, **options)
     folder = Path(name)
-    if tokenizer_name is not None:
-        tokenizer = open_tokenizer(tokenizer_name)
+    if tokenizer is not None:
+        tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     elif (folder / "ckpt.pt").is_file() and not (folder / "best" / "config.json").is_file():
         tokenizer = from_json(load_torch(folder / "ckpt.pt")["tokenizer"])
     elif folder.is_dir():

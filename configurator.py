@@ -84,9 +84,10 @@ def configure(settings: dict, argv=None, commands=(), positionals=False) -> list
 def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None:
     """`main(*configure(...))` for a person at a terminal.
 
-    An error raised by our own code is a message to a person; one that comes out of a library is a
-    bug. So ValueError, OSError and ImportError become one line and exit status 2 where the
-    innermost frame is in a file of this folder, and keep their traceback elsewhere.
+    An error raised by our own code is a message to a person, and so is one of the file system; any
+    other that comes out of a library is a bug. So OSError, and ValueError and ImportError whose
+    innermost frame is in a file of this folder, become one line and exit status 2; the rest keep
+    their traceback.
     """
     ranks = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
     rank = f"[rank {os.environ['RANK']}] " if ranks and "RANK" in os.environ else ""
@@ -101,7 +102,8 @@ def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None
     except (ValueError, OSError, ImportError) as e:
         *_, (frame, _) = traceback.walk_tb(e.__traceback__)
         file = frame.f_code.co_filename
-        if file.startswith("<") or os.path.dirname(os.path.realpath(file)) != HERE:
+        ours = not file.startswith("<") and os.path.dirname(os.path.realpath(file)) == HERE
+        if not ours and (not isinstance(e, OSError) or isinstance(e, ConnectionError)):
             raise
         if isinstance(e, BrokenPipeError):  # output piped to head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

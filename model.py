@@ -72,12 +72,24 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
+    @classmethod
+    def for_model(cls, model, B: int, S: int):
+        """An empty cache with the device and dtype of a model."""
+        weight = model.transformer.wte.weight
+        return cls(model.config, B, S, weight.device, weight.dtype)
+
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """Stores k, v (B, nh, T, hs) behind what is there; returns all of them, (B, nh, S', hs)."""
         end = self.length + k.size(2)
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def reorder(self, rows: torch.Tensor):
+        """Row b goes on from what row rows[b] holds; only rows that change are copied."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for kept in (self.k, self.v):
+            kept[:, moved, :, :self.length] = kept[:, rows[moved], :, :self.length]
 
 
 class Attention(nn.Module):
@@ -132,13 +144,15 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            # not nn.Embedding(): it would draw its own numbers first, and slowly on "meta"
+            "wte": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), False),
+            "wpe": nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), False),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias)})
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.init_weights()
+        if not self.transformer.wte.weight.is_meta:
+            self.init_weights()
 
     def init_weights(self):
         """N(0, 0.02), biases zero; both projections into the residual stream 0.02 / sqrt(2 L), so
@@ -196,8 +210,8 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Hidden states (..., C) to logits (..., V)."""
-        tied = self.config.tie_word_embeddings
-        return F.linear(x, self.transformer.wte.weight if tied else self.lm_head.weight)
+        head = getattr(self, "lm_head", None)
+        return F.linear(x, self.transformer.wte.weight) if head is None else head(x)
 
     def forward(self, idx, targets=None, attention_mask=None, cache: KVCache | None = None):
         """idx: (B, T) ids; targets: (B, T) ids of the next tokens, -100 where none counts.
@@ -243,21 +257,21 @@ class GPT(nn.Module):
             u = torch.stack([torch.rand(n, dtype=torch.float64, generator=torch.Generator()
                              .manual_seed(seed + row)) for row in range(B)]).to(idx.device)
         block_size, mask = self.config.block_size, attention_mask
-        window = idx[:, -block_size:]
+        chunk = idx[:, -block_size:]
         mask = mask[:, -block_size:] if mask is not None else None
-        S = min(block_size, window.size(1) + n - 1)
-        weight = self.transformer.wte.weight
-        cache = KVCache(self.config, B, S, weight.device, weight.dtype)
+        cache = KVCache.for_model(self, B, min(block_size, chunk.size(1) + n - 1))
+        seen = [chunk]  # for the window, should it have to move
         done = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        patience = 1 if idx.device.type == "cpu" else 16  # asking a GPU whether all ended waits for it
         was_training = self.training
         self.eval()
         try:
-            chunk = window
             for i in range(n):
                 if cache.length + chunk.size(1) > block_size:
                     keep = (block_size + 1) // 2
-                    chunk, mask = window[:, -keep:], mask[:, -keep:] if mask is not None else None
-                    cache.length = 0
+                    chunk = torch.cat(seen, dim=1)[:, -keep:]
+                    seen, cache.length = [chunk], 0
+                    mask = mask[:, -keep:] if mask is not None else None
                 logits = self.logits(self.hidden(chunk, mask, cache)[:, -1])
                 token = (draw(logits, u[:, i, None], temperature, top_k, top_p)
                          if temperature > 0 else logits.argmax(-1))
@@ -265,10 +279,10 @@ class GPT(nn.Module):
                     token = torch.where(done, stop[0], token)
                     done |= torch.isin(token, stop)
                 yield token
-                if stop is not None and done.all():
+                if stop is not None and i % patience == patience - 1 and done.all():
                     return
                 chunk = token[:, None]
-                window = torch.cat([window[:, 1 - block_size:], chunk], dim=1)
+                seen.append(chunk)
                 if mask is not None:
                     mask = F.pad(mask, (0, 1), value=1)
         finally:
@@ -281,8 +295,10 @@ class GPT(nn.Module):
                         block_size: int | None = None, dropout: float | None = None):
         """Loads a hub name ("gpt2", "distilgpt2", …), a Hugging Face folder or a run folder.
 
-        Keeps the file's dtype unless one is given; block_size crops the context; dropout overrides
-        the file's. The model comes in evaluation mode. ValueError names what does not fit.
+        Without dtype the weights stay as they are in the file, and mapped: memory is shared until
+        something writes to it, and the file is never changed. With dtype they are a copy of their
+        own. block_size crops the context; dropout overrides the file's. The model comes in
+        evaluation mode. ValueError names what does not fit.
         """
         config, tensors = read_pretrained(name, revision)
         if block_size is not None:
@@ -308,17 +324,17 @@ class GPT(nn.Module):
         if tensors:
             raise ValueError(f"{name} has tensors that GPT-2 has not: {', '.join(sorted(tensors)[:4])}"
                              + (f" and {len(tensors) - 4} more" if len(tensors) > 4 else ""))
-        for key, read in state.items():  # one copy of one tensor at a time, out of the mapped file
-            tensor = read()
+        for key, read in state.items():
+            tensor = read()[:model.get_parameter(key).size(0)]
             if not tensor.is_floating_point():
                 raise ValueError(f"{name}: {key} is {tensor.dtype}, not a floating-point tensor")
-            copy = torch.empty(model.get_parameter(key).shape, dtype=dtype or tensor.dtype)
-            state[key] = copy.copy_(tensor[:copy.size(0)])
+            state[key] = tensor if dtype is None else tensor.to(dtype, copy=True)
         model.load_state_dict(state, assign=True)
         return model.eval()
 
-    def save_pretrained(self, folder):
-        """Writes config.json and model.safetensors as transformers' GPT2LMHeadModel reads them."""
+    def save_pretrained(self, folder, eos_id: int | None = None):
+        """Writes config.json and model.safetensors as transformers' GPT2LMHeadModel reads them.
+        eos_id is where their `generate` stops."""
         from safetensors.torch import save_file
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -335,7 +351,8 @@ class GPT(nn.Module):
             "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
             "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
             "activation_function": c.activation, "tie_word_embeddings": c.tie_word_embeddings,
-            "layer_norm_epsilon": 1e-5, "bias": c.bias, "bos_token_id": None, "eos_token_id": None,
+            "layer_norm_epsilon": 1e-5, "bias": c.bias,
+            "bos_token_id": eos_id, "eos_token_id": eos_id,
             "torch_dtype": str(self.transformer.wte.weight.dtype).removeprefix("torch.")}
         text = json.dumps(config, indent=2) + "\n"
         for file, write in (("model.safetensors", lambda f: save_file(tensors, f, {"format": "pt"})),
@@ -405,7 +422,7 @@ def read_pretrained(name, revision=None):
             if read().count_nonzero():
                 raise ValueError(f"{name}: {key} is not zero, but config.json says bias false")
             continue
-        if CONV1D.search(key) and len(shape) == 2:
+        if CONV1D.search(key) and len(shape) == 2:  # a view: nothing is moved
             shape, read = shape[::-1], lambda read=read: read().t()
         ours[key] = (shape, read)
     return config, ours

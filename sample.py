@@ -2,10 +2,10 @@
 
     python sample.py --start "Once upon a time"
     python sample.py --init_from=out/tinystories --num_samples=5 --temperature=0.7 --top_p=0.95
-    python sample.py --init_from=gpt2 --start FILE:prompt.txt
+    python sample.py --init_from=gpt2 --start FILE:prompt.txt --num_beams=4
+    python sample.py --interactive --quantize=int8
 """
 
-import codecs
 import time
 from pathlib import Path
 
@@ -13,16 +13,22 @@ import torch
 
 from common import Device, load_model
 from configurator import run
+from decode import beam_search, prepare, stream_text
 
 init_from: str | None = None  # run folder, Hugging Face folder or hub name; None: the newest in out/
+revision: str | None = None  # of a hub name
 start = ""  # the prompt, or FILE:path; empty: a fresh document
+interactive = False  # go on asking for prompts
 num_samples = 1  # decoded as one batch; a single one is printed as it comes
 max_new_tokens = 256
 temperature = 0.8  # 0 is greedy
 top_k: int | None = None  # draw from the k most likely tokens
 top_p: float | None = None  # draw from the fewest tokens whose probability reaches p
+num_beams = 1  # more: beam search for the likeliest text instead of drawing
+length_penalty = 1.0  # of beams: above 1 prefers longer text
 seed = 1337
 tokenizer: str | None = None  # gpt2, bytes, a file or a folder; None: the model's own
+quantize: str | None = None  # int8: weights in 8 bits, on a CPU
 device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of the weights: float32, bfloat16, float16
 
@@ -41,44 +47,65 @@ def encode_prompt(text: str, tok, block_size: int) -> torch.Tensor:
     One longer than the context keeps its last tokens, with a note."""
     if text.startswith("FILE:"):
         text = Path(text[5:]).read_text(encoding="utf-8")
-    ids = tok.encode(text).astype("int64")
-    if not len(ids):
-        ids = tok.encode("\n").astype("int64") if tok.eos_id is None else [tok.eos_id]
+    ids = tok.encode(text).tolist()
+    if not ids:
+        ids = tok.encode("\n").tolist() if tok.eos_id is None else [tok.eos_id]
     if len(ids) > block_size:
         print(f"note: the prompt has {len(ids)} tokens, the context {block_size}: "
               "its last ones are kept")
-    return torch.tensor(ids)[None, -block_size:]
+    return torch.tensor([ids[-block_size:]])
+
+
+def write(model, tok, text: str, number: int):
+    """Prints what the model makes of a prompt, then tokens and tokens/s; `number` seeds it."""
+    idx = encode_prompt(text, tok, model.config.block_size).to(model.transformer.wte.weight.device)
+    prompt = tok.decode([i for i in idx[0].tolist() if i != tok.eos_id])
+    options = (max_new_tokens, temperature, top_k, top_p, tok.eos_id,
+               torch.Generator().manual_seed(seed + number))
+    clock, count = time.perf_counter(), 0
+    if num_beams > 1:
+        ids, scores = beam_search(model, idx, max_new_tokens, num_beams, length_penalty, tok.eos_id)
+        count = ids.size(1) - idx.size(1)
+        new = [i for i in ids[0, idx.size(1):].tolist() if i != tok.eos_id]
+        print(f"{prompt}{tok.decode(new)}\n(score {scores[0].item():.4f})")
+    elif num_samples == 1:
+        print(prompt, end="", flush=True)
+        for piece, count in stream_text(model, tok, idx, *options):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        new = model.generate(idx.expand(num_samples, -1), *options)[:, idx.size(1):].tolist()
+        for n, row in enumerate(new, 1):
+            ids = row[:row.index(tok.eos_id)] if tok.eos_id in row else row
+            count += min(len(ids) + 1, len(row))
+            print(f"--- {n}\n{prompt}{tok.decode(ids)}")
+    seconds = time.perf_counter() - clock
+    print(f"\n{count:,} tokens in {seconds:.2f} s, {count / seconds:,.1f} tokens/s")
 
 
 def main():
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if num_samples < 1 or num_beams < 1:
+        raise ValueError(f"num_samples and num_beams must be at least 1, got {num_samples} and "
+                         f"{num_beams}")
     env = Device(device, dtype)
     name = init_from or newest_run()
-    model, tok = load_model(name, tokenizer, dtype=env.dtype)
-    model.to(env.device)
+    model, tok = load_model(name, tokenizer, revision=revision, dtype=env.dtype)
     print(f"{name}: {model.num_params():,} parameters, {tok.name} tokens, seed {seed}\n")
-    idx = encode_prompt(start, tok, model.config.block_size).to(env.device)
-    prompt = tok.decode([i for i in idx[0].tolist() if i != tok.eos_id])
-    clock, count = time.perf_counter(), 0
-    tokens = model.stream(idx.expand(num_samples, -1), max_new_tokens, temperature, top_k, top_p,
-                          tok.eos_id, torch.Generator().manual_seed(seed))
-    if num_samples == 1:
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
-        print(prompt, end="", flush=True)
-        for token in tokens:
-            count += 1
-            if token.item() != tok.eos_id:
-                print(utf8.decode(tok.decode_bytes([token.item()])), end="", flush=True)
-        print()
-    else:
-        rows = torch.stack(list(tokens), dim=1).tolist()
-        for number, row in enumerate(rows, 1):
-            text = row[:row.index(tok.eos_id)] if tok.eos_id in row else row
-            count += min(len(text) + 1, len(row))
-            print(f"--- {number}\n{prompt}{tok.decode(text)}")
-    seconds = time.perf_counter() - clock
-    print(f"\n{count:,} tokens in {seconds:.1f} s, {count / seconds:,.1f} tokens/s")
+    model = prepare(model.to(env.device), quantize)
+    if not interactive:
+        return write(model, tok, start, 0)
+    print("type a prompt, then Enter; an empty line writes a fresh document, Ctrl-D ends")
+    number = 0
+    while True:
+        try:
+            text = input("\n> ")
+        except EOFError:
+            return print()
+        try:
+            write(model, tok, text, number)
+        except ValueError as e:  # a character outside the alphabet: ask again
+            print(f"error: {e}")
+        number += 1
 
 
 if __name__ == "__main__":

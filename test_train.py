@@ -91,7 +91,7 @@ def test_three_and_three_steps_equal_six(shared, tmp_path):
                 for row in rows(folder)]
 
     assert logged(tmp_path / "six") == logged(tmp_path / "cut")
-    assert [row["step"] for row in logged(tmp_path / "cut")] == list(range(7))
+    assert [row["step"] for row in logged(tmp_path / "cut")] == list(range(1, 7))
 
 
 def test_metrics_after_a_crash_have_no_row_twice(tmp_path):
@@ -115,7 +115,7 @@ def test_two_ranks_equal_one(shared, tmp_path):
                   f"--out_dir={tmp_path}/two", env={"OMP_NUM_THREADS": "1"})
     assert text.count("parameters") == 1, text  # one rank prints
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [r["step"] for r in one] == [r["step"] for r in two] == [0, 1, 2, 3, 4]
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4]
     for a, b in zip(one, two):
         for key in ("train_loss", "grad_norm", "val_loss"):
             if key in a:
@@ -189,7 +189,7 @@ def test_interrupted_training_saves_and_goes_on(shared, tmp_path):
     assert process.wait(60) == 0
     stopped = int(re.search(r"stopped by SIGINT at step (\d+)", text)[1])
     assert "--init_from=resume" in text and weights(tmp_path / "run")["step"] == stopped
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(stopped + 1))
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, stopped + 1))
     run_train(*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run", "--init_from=resume",
               f"--max_steps={stopped + 1}")
     assert weights(tmp_path / "run")["step"] == stopped + 1
@@ -239,7 +239,7 @@ def test_a_new_run_keeps_the_one_that_was_there(shared, tmp_path):
     common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run"]
     run_train(*common, "--max_steps=2")
     run_train(*common, "--max_steps=1")
-    assert weights(tmp_path / "run")["step"] == 1 and len(rows(tmp_path / "run")) == 2
+    assert weights(tmp_path / "run")["step"] == 1 and len(rows(tmp_path / "run")) == 1
     assert weights(tmp_path / "run" / "previous")["step"] == 2
 
 

@@ -22,17 +22,17 @@ from common import (
     Device,
     Metrics,
     StopSignal,
+    command_line,
     lr_scale,
     micro_batch_seed,
     micro_batches,
-    resume_command,
     save_best,
     save_checkpoint,
     set_aside,
 )
 from configurator import run
 from data import Data, WindowOrder
-from model import GPT, GPTConfig, load_torch
+from model import GPT, GPTConfig, load_torch, read_pretrained
 from optim import build_optimizer
 
 # what and where
@@ -40,6 +40,8 @@ out_dir = "out/run"  # the run's folder: ckpt.pt, best/, metrics.jsonl, loss.png
 dataset = "tinystories"  # data/NAME, made by a prepare script; or a path with a slash in it
 verify = False  # check the checksums of all shards first
 init_from = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), a hub name or folder
+revision: str | None = None  # of a hub name
+wte_from: str | None = None  # a new network takes its token embeddings from this model
 seed = 1337
 # the network (of a new one)
 block_size = 1024  # context in tokens; crops that of a pretrained model
@@ -129,6 +131,16 @@ def compiled(model, x, y, env):
         return model
 
 
+def token_embeddings(name: str, data, width: int) -> torch.Tensor:
+    """(V, width) token embeddings of another model; ValueError when its sizes are not these."""
+    _, tensors = read_pretrained(name, revision)
+    shape, read = tensors.get("transformer.wte.weight", ((), None))
+    if tuple(shape) != (data.vocab_size, width):
+        raise ValueError(f"wte_from={name}: its token embeddings are {tuple(shape)}, data set "
+                         f"{dataset} and n_embd={width} need {(data.vocab_size, width)}")
+    return read()
+
+
 def duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
@@ -165,8 +177,10 @@ def main():
     elif init_from in ("scratch", "auto"):
         raw_model = GPT(GPTConfig(block_size, data.vocab_size, n_layer, n_head, n_embd, dropout,
                                   bias, activation))
+        if wte_from:
+            raw_model.transformer.wte.weight.data.copy_(token_embeddings(wte_from, data, n_embd))
     else:
-        raw_model = GPT.from_pretrained(init_from, dtype=torch.float32, dropout=dropout,
+        raw_model = GPT.from_pretrained(init_from, revision, torch.float32, dropout=dropout,
                                         block_size=None if eval_only else block_size)
     config = raw_model.config
     if config.vocab_size != data.vocab_size:
@@ -237,7 +251,8 @@ def main():
                 "model": raw_model.state_dict(), "optimizer": update.state_dict(),
                 "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
                 "windows": windows, "elapsed_s": elapsed, "best_loss": best_loss,
-                "config": vars(config), "settings": settings, "tokenizer": tokenizer_json})
+                "config": vars(config), "settings": settings, "tokenizer": tokenizer_json,
+                "command": command_line()})
 
     def evaluate_and_keep(row):
         """Evaluates, keeps the best model, prints a sample; the measures go into the row."""
@@ -247,11 +262,11 @@ def main():
         best_loss = min(best_loss, row["val_loss"])
         if env.rank == 0:
             if better:
-                save_best(out, raw_model, tokenizer_json)
+                save_best(out, raw_model, tokenizer)
             bpb = f", {row['val_bpb']:.4f} bits a byte" if "val_bpb" in row else ""
             print(f"step {step}: validation loss {row['val_loss']:.4f}, perplexity "
                   f"{row['val_ppl']:.2f}{bpb}" + " (best so far)" * better)
-            if sample_tokens and step:
+            if sample_tokens:
                 print(f"--- a sample\n{sample_text(raw_model, tokenizer, sample_tokens)}\n---")
 
     def log(row):
@@ -261,11 +276,6 @@ def main():
                 wandb.log(row, step=step)
 
     stop = StopSignal()
-    if step == 0:
-        row = {"step": 0, "tokens": 0, "elapsed_s": 0.0}
-        evaluate_and_keep(row)
-        log(row)
-
     # ---- the loop ----
     clock, counted = time.perf_counter(), step
     while step < max_steps:
@@ -315,9 +325,11 @@ def main():
         if seen and env.rank == 0:
             metrics.plot()
         if stopping and not last:
-            say(f"stopped by {stop.received} at step {step}; go on with: {resume_command()}")
+            say(f"stopped by {stop.received} at step {step}; go on with: {command_line(init_from='resume')}")
             return env.close()
         clock = time.perf_counter()  # evaluating and saving is not training
+    if env.rank == 0:
+        print(metrics.sketch())
     say(f"done: {step:,} steps, {tokens:,} tokens, {duration(elapsed)} of training, best validation "
         f"loss {best_loss:.4f}\nloss curve: {out / 'loss.png'}; text: python sample.py "
         f"--init_from={out} --start \"…\"")

@@ -1,0 +1,28 @@
+"""A small GPT-2 on TinyStories for a machine without a GPU: about 10 minutes of training on 2 cores.
+
+    python tokenizer.py train --input=TRAIN.jsonl.gz --vocab_size=4096 --out=data/ts4k.json
+    python prepare_tinystories.py --name=tinystories_4k --tokenizer=data/ts4k.json [--limit=20000]
+    python train.py config/tinystories_cpu.py
+
+Measured on 19,837 stories for training and 7,002 for validation: see README.
+"""
+
+out_dir = "out/tinystories_cpu"
+dataset = "tinystories_4k"
+
+n_layer = 4
+n_head = 6
+n_embd = 192
+block_size = 256
+batch_size = 8
+
+max_steps = 1650  # 3.4 M tokens
+learning_rate = 2e-3
+weight_decay = 0.1
+lr_schedule = "linear"
+min_lr_scale = 0.0
+warmup_steps = 100
+
+eval_interval = 825
+log_interval = 50
+sample_tokens = 200

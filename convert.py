@@ -1,0 +1,138 @@
+"""Models to and from other people's formats.
+
+    python convert.py --input=out/tinystories --out=export/tinystories-124m --licence=cdla-sharing-1.0
+    python convert.py --input=../nanoGPT/out-shakespeare-char/ckpt.pt --out=export/shakespeare \\
+        --tokenizer=../nanoGPT/data/shakespeare_char/meta.pkl
+
+The folder it writes is complete: transformers' GPT2LMHeadModel, AutoTokenizer and
+pipeline("text-generation") load it offline, and so does --init_from of the scripts here.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+
+from common import load_model
+from configurator import run
+from data import replacing
+from model import GPT, GPTConfig, load_torch
+from tokenizer import char_tokenizer, open_tokenizer
+
+input: str | None = None  # run folder, Hugging Face folder, hub name, or nanoGPT's ckpt.pt
+out: str | None = None  # the folder to write
+tokenizer: str | None = None  # gpt2, bytes, a file or folder, nanoGPT's meta.pkl; None: the model's
+dtype: str | None = None  # float32, bfloat16 or float16; None: as it is
+revision: str | None = None  # of a hub name
+licence = "unknown"  # of the weights, for the card: an SPDX-like id such as mit or cdla-sharing-1.0
+
+
+def load_nanogpt(path) -> tuple[GPT, dict]:
+    """(GPT, its checkpoint) of nanoGPT's ckpt.pt, with the same logits: erf GELU, biases or none,
+    compiled or not. GPT-2's vocabulary padded to 50,304 is cut back to 50,257. Nothing in the file
+    is run. ValueError for another file."""
+    checkpoint = load_torch(path)
+    try:
+        args = checkpoint["model_args"]
+        vocab_size = 50257 if args["vocab_size"] == 50304 else args["vocab_size"]
+        config = GPTConfig(args["block_size"], vocab_size, args["n_layer"], args["n_head"],
+                           args["n_embd"], args["dropout"], args["bias"], activation="gelu")
+        state = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
+        state["transformer.wte.weight"] = state["transformer.wte.weight"][:vocab_size]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{path} is no checkpoint of nanoGPT's: it lacks {e}") from None
+    with torch.device("meta"):
+        model = GPT(config)
+    state = {name: t for name, t in state.items()
+             if name != "lm_head.weight" and not name.endswith(".attn.bias")}
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as e:
+        raise ValueError(f"{path} does not fit its own model_args: {e}") from None
+    return model.eval(), checkpoint
+
+
+def nanogpt_characters(path):
+    """The tokenizer of nanoGPT's meta.pkl; a pickle that names any class or function is refused."""
+    class Plain(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise ValueError(f"{path} wants to run {module}.{name}: refused")
+
+    try:
+        with open(path, "rb") as file:
+            characters = Plain(file).load()["itos"]
+        alphabet = [characters[i] for i in range(len(characters))]
+    except (pickle.UnpicklingError, KeyError, TypeError, EOFError) as e:
+        raise ValueError(f"{path} is no meta.pkl of nanoGPT's: {e}") from None
+    if alphabet != sorted(alphabet):
+        raise ValueError(f"{path}: its characters are not in code point order")
+    return char_tokenizer(alphabet)
+
+
+def facts(folder: Path) -> dict:
+    """What a run folder says of its training: settings, step, losses."""
+    if not (folder / "ckpt.pt").is_file():
+        return {}
+    checkpoint = load_torch(folder / "ckpt.pt")
+    found = {"Data": checkpoint["settings"]["dataset"], "Command": f"`{checkpoint['command']}`",
+             "Training": f"{checkpoint['step']:,} steps, {checkpoint['tokens']:,} tokens"}
+    if (folder / "metrics.jsonl").is_file():
+        rows = [json.loads(line) for line in
+                (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
+        found["Validation"] = f"loss {best['val_loss']:.4f}, perplexity {best['val_ppl']:.3f}" + (
+            f", {best['val_bpb']:.4f} bits a byte" if "val_bpb" in best else "")
+    return found
+
+
+def card(name: str, model: GPT, tok, found: dict) -> str:
+    """A model card: front matter for the hub, then what is known."""
+    c = model.config
+    found = {"Architecture": f"GPT-2, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
+                             f"context {c.block_size}: {model.num_params():,} parameters",
+             "Tokenizer": f"{tok.name}, {tok.vocab_size:,} ids", "Licence": licence} | found
+    lines = "\n".join(f"- **{key}**: {value}" for key, value in found.items())
+    return (f"---\nlicense: {licence}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+            f"---\n\n# {name}\n\nA GPT-2 language model, trained or converted with taleGPT.\n\n"
+            f"{lines}\n\n```python\nfrom transformers import pipeline\n"
+            f"print(pipeline(\"text-generation\", \"{name}\")(\"Once upon\"))\n```\n")
+
+
+def main():
+    if not input or not out:
+        raise ValueError("give --input=RUN_OR_MODEL and --out=FOLDER")
+    path, found, tok = Path(input), {}, None
+    if tokenizer is not None:
+        tok = nanogpt_characters(tokenizer) if tokenizer.endswith(".pkl") else \
+            open_tokenizer(tokenizer)
+    if path.is_file():
+        model, checkpoint = load_nanogpt(path)
+        tok = tok or open_tokenizer("gpt2")
+        found = {"Converted from": "a nanoGPT checkpoint",
+                 "Training": f"{checkpoint.get('iter_num', 0):,} steps"}
+        if tok.vocab_size != model.config.vocab_size:
+            raise ValueError(f"{input} has a vocabulary of {model.config.vocab_size}, the tokenizer "
+                             f"({tok.name}) one of {tok.vocab_size}; name its own with --tokenizer "
+                             "(nanoGPT's meta.pkl serves)")
+    else:
+        model, tok = load_model(input, tok, revision=revision)
+        found = facts(path)
+    if dtype is not None:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r} is unknown: float32, bfloat16 or float16")
+        model.to(getattr(torch, dtype))
+    folder = Path(out)
+    model.save_pretrained(folder, tok.eos_id)
+    tok.save(folder)
+    ids = {"bos_token_id": tok.eos_id, "eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id}
+    for file, text in (("generation_config.json", json.dumps(ids, indent=2) + "\n"),
+                       ("README.md", card(folder.resolve().name, model, tok, found))):
+        with replacing(folder / file) as tmp:
+            tmp.write_text(text, encoding="utf-8")
+    files = ", ".join(sorted(file.name for file in folder.iterdir()))
+    print(f"{folder}: {model.num_params():,} parameters, {tok.name} tokens; {files}")
+
+
+if __name__ == "__main__":
+    run(main, globals())

@@ -1,0 +1,150 @@
+"""What decoding needs beyond GPT.generate: beams, streamed text, weights laid out for speed.
+
+On a CPU, one-token steps are bound by reading the weights. `prepare` replaces each linear layer by
+one that reads them faster (oneDNN's own layout) or reads fewer bytes (int8).
+"""
+
+import codecs
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import GPT, KVCache, check_sampling
+
+
+class PackedLinear(nn.Module):
+    """A float32 linear layer with its weight in oneDNN's blocked layout, for CPUs."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights, symmetric, one scale for each output; activations pass
+    through bfloat16, the sums are float32."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        scale = weight.detach().float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.weight = (weight.detach() / scale).round().to(torch.int8)
+        self.scale = scale[:, 0].bfloat16()
+        # what rounding the scale took away goes into the weights again
+        self.weight = (weight.detach() / self.scale.float()[:, None]).round().clamp(-127, 127).to(
+            torch.int8)
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x):
+        y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale)
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.no_grad()
+def prepare(model: GPT, quantize: str | None = None) -> GPT:
+    """Makes a model decode faster, in place; it can be neither trained nor saved afterwards.
+
+    quantize: None keeps every weight as it is and, on a CPU in float32, only changes their layout;
+    "int8" rounds the weights of all linear layers, the head included. ValueError for another.
+    """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r} is unknown: int8, or None for the weights as they are")
+    weight = model.transformer.wte.weight
+    packs = weight.device.type == "cpu" and weight.dtype == torch.float32 \
+        and torch.backends.mkldnn.is_available()
+    if quantize is None and not packs:
+        return model
+    if quantize and weight.device.type != "cpu":
+        raise ValueError("quantize=int8 is for CPUs; on a GPU --dtype=bfloat16 serves")
+    kind = Int8Linear if quantize else PackedLinear
+    for block in model.transformer.h:
+        for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"),
+                           (block.mlp, "c_proj")):
+            linear = getattr(part, name)
+            setattr(part, name, kind(linear.weight, linear.bias))
+    model.lm_head = kind(weight if model.config.tie_word_embeddings else model.lm_head.weight, None)
+    return model.eval()
+
+
+def stream_text(model: GPT, tokenizer, idx, *args, **options):
+    """Yields (text, tokens so far) of `model.stream` for one prompt idx (1, T), as it comes; bytes
+    that are not yet a whole character wait. The stop token is not part of the text."""
+    utf8, count = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    for token in model.stream(idx, *args, **options):
+        count += 1
+        token = token.item()
+        yield ("" if token == tokenizer.eos_id else utf8.decode(tokenizer.decode_bytes([token])),
+               count)
+    yield utf8.decode(b"", final=True), count
+
+
+@torch.inference_mode()
+def beam_search(model: GPT, idx, max_new_tokens: int, num_beams: int, length_penalty: float = 1.0,
+                eos_id: int | None = None):
+    """The likeliest continuation of each prompt idx (B, T) that a beam search finds.
+
+    By the rules of transformers' `generate(num_beams=…, early_stopping=False)`: a hypothesis ends
+    at eos_id or at max_new_tokens and scores (sum of log-probabilities) / length**length_penalty,
+    its length counted in new tokens; the search ends when no open beam scores better than the worst
+    of num_beams ended ones. Returns (sequences (B, T + n), scores (B,)), rows that ended early
+    filled with eos_id. ValueError for settings out of range.
+    """
+    check_sampling(model.config, idx, max_new_tokens, 0.0, None, None)
+    V, (B, T) = model.config.vocab_size, idx.shape
+    if not 1 <= num_beams <= V:
+        raise ValueError(f"num_beams must be in 1 … {V} (the vocabulary), got {num_beams}")
+    device, block_size, end = idx.device, model.config.block_size, T + max_new_tokens
+    keep = 2 * num_beams  # candidates: enough to go on with if all the best ones end
+    sequences = idx.new_full((B, num_beams, end), 0 if eos_id is None else eos_id)
+    sequences[:, :, :T] = idx[:, None]
+    ended = sequences.clone()
+    scores = torch.zeros(B, num_beams, device=device)  # of the open beams
+    scores[:, 1:] = -1e9  # all start alike: only the first counts
+    ended_scores = torch.full((B, num_beams), -1e9, device=device)
+    lengths = torch.full((B, num_beams), end, device=device)  # of the ended ones
+    improves = torch.ones(B, 1, dtype=torch.bool, device=device)
+    first_row = torch.arange(B, device=device)[:, None] * num_beams
+    was_training = model.training
+    model.eval()
+    window = idx[:, -block_size:]  # prefill each prompt once, then a row for each beam
+    start = KVCache.for_model(model, B, min(block_size, window.size(1)))
+    logits = model.logits(model.hidden(window, cache=start)[:, -1]).repeat_interleave(num_beams, 0)
+    cache = KVCache.for_model(model, B * num_beams, min(block_size, end))
+    cache.length = start.length
+    cache.k[:, :, :, :start.length] = start.k.repeat_interleave(num_beams, 1)
+    cache.v[:, :, :, :start.length] = start.v.repeat_interleave(num_beams, 1)
+    for at in range(T, end):
+        total = F.log_softmax(logits.float(), -1).view(B, num_beams, V) + scores[:, :, None]
+        top, flat = total.flatten(1).topk(keep)  # (B, keep)
+        parent, token = flat // V, flat % V
+        candidates = sequences.gather(1, parent[:, :, None].expand(-1, -1, end))
+        candidates[:, :, at] = token
+        stops = torch.full_like(token, at == end - 1, dtype=torch.bool)
+        if eos_id is not None:
+            stops |= token == eos_id
+        # only the best num_beams candidates may end, and only where that can still improve
+        final = torch.where(stops & improves, top / (at + 1 - T) ** length_penalty, -1e9)
+        final[:, num_beams:] = -1e9
+        ended_scores, best = torch.cat([ended_scores, final], 1).topk(num_beams)
+        ended = torch.cat([ended, candidates], 1).gather(1, best[:, :, None].expand(-1, -1, end))
+        lengths = torch.cat([lengths, torch.full_like(token, at + 1)], 1).gather(1, best)
+        scores, best = torch.where(stops, top - 1e9, top).topk(num_beams)
+        sequences = candidates.gather(1, best[:, :, None].expand(-1, -1, end))
+        worst = torch.where(ended_scores > -1e8, ended_scores.amin(1, keepdim=True), -1e9)
+        improves = improves & (scores[:, :1] / (at + 1 - T) ** length_penalty > worst).any(
+            1, keepdim=True)
+        if at == end - 1 or not improves.any():
+            break
+        cache.reorder((parent.gather(1, best) + first_row).flatten())
+        chunk = sequences[:, :, at].reshape(-1, 1)
+        if cache.length == block_size:  # the window moves on, as in GPT.stream
+            cache.length = 0
+            chunk = sequences[:, :, at + 1 - (block_size + 1) // 2:at + 1].flatten(0, 1)
+        logits = model.logits(model.hidden(chunk, cache=cache)[:, -1])
+    model.train(was_training)
+    return ended[:, 0, :lengths[:, 0].max()], ended_scores[:, 0]

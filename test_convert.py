@@ -1,0 +1,185 @@
+"""Exports that transformers loads, nanoGPT's checkpoints, hub names from a local cache."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+import convert
+import train
+from common import command_line, load_model
+from configurator import configure, find_settings
+from data import write_data
+from model import GPT, GPTConfig, load_torch
+from test_model import ids, tiny, tiny_hf
+from tokenizer import char_tokenizer, open_tokenizer
+
+transformers = pytest.importorskip("transformers")
+DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(convert)).items()}
+
+
+def run_convert(*argv):
+    vars(convert).update(DEFAULTS)
+    configure(vars(convert), list(argv))
+    convert.main()
+
+
+def test_export_of_a_run_loads_in_transformers(tmp_path):
+    text = "the cat sat on the mat\n" * 50
+    write_data(f"{tmp_path}/c", char_tokenizer(set(text)), {"train": [text], "val": [text]})
+    settings = {name: default for name, (default, _, _) in find_settings(vars(train)).items()}
+    vars(train).update(settings)
+    configure(vars(train), [
+        f"--dataset={tmp_path}/c", f"--out_dir={tmp_path}/run", "--n_layer=2", "--n_head=2",
+        "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_steps=2", "--bias=False",
+        "--device=cpu", "--sample_tokens=0", "--eval_interval=1"])
+    train.main()
+    run_convert(f"--input={tmp_path}/run", f"--out={tmp_path}/export", "--licence=mit")
+    hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    model, ours = load_model(tmp_path / "export")
+    x = tokenizer("the cat\n", return_tensors="pt")["input_ids"]
+    assert x[0].tolist() == ours.encode("the cat\n").tolist()
+    assert (hf(x).logits - model(x)[0]).abs().max() < 1e-5
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "license: mit" in card and "2 steps, 64 tokens" in card and "bits a byte" in card
+    pipe = transformers.pipeline("text-generation", str(tmp_path / "export"))
+    said = pipe("the ", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    greedy = model.generate(torch.tensor([ours.encode("the ").tolist()]), 8, temperature=0)
+    assert said == ours.decode(greedy[0].tolist())
+
+
+def test_export_with_gpt2_tokens_stops_at_end_of_text(tmp_path):
+    torch.manual_seed(0)
+    GPT(GPTConfig(32, 50257, 1, 2, 8)).save_pretrained(tmp_path / "m")
+    run_convert(f"--input={tmp_path}/m", f"--out={tmp_path}/export", "--dtype=float16")
+    hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export")
+    assert hf.generation_config.eos_token_id == 50256 and hf.dtype == torch.float16
+    text = "Once upon a time, Lily's cat\n\n sat."
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")(text)["input_ids"]
+    assert ids == open_tokenizer("gpt2").encode(text).tolist()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_checkpoint(tmp_path, bias):
+    """The reference is transformers with erf GELU; the file is laid out as nanoGPT writes it."""
+    hf = tiny_hf(activation_function="gelu", vocab_size=50257)
+    if not bias:
+        for name, p in hf.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.zeros_(p)
+    state = {}
+    for name, tensor in hf.state_dict().items():
+        conv = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        if bias or not name.endswith("bias"):
+            state[f"_orig_mod.{name}"] = tensor.t().contiguous() if conv else tensor
+    padding = torch.full((47, 32), 9.0, dtype=torch.float64)
+    padded = torch.cat([state["_orig_mod.transformer.wte.weight"], padding])
+    state["_orig_mod.transformer.wte.weight"] = state["_orig_mod.lm_head.weight"] = padded
+    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
+    args = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 40, "bias": bias,
+            "vocab_size": 50304, "dropout": 0.0}
+    torch.save({"model": state, "optimizer": {}, "model_args": args, "iter_num": 5,
+                "best_val_loss": torch.tensor(1.5), "config": {"dataset": "x"}}, tmp_path / "ckpt.pt")
+    run_convert(f"--input={tmp_path}/ckpt.pt", f"--out={tmp_path}/out")
+    model, x = GPT.from_pretrained(tmp_path / "out"), ids()
+    assert model.config.activation == "gelu" and model.config.vocab_size == 50257
+    assert (model(x)[0] - hf(x).logits).abs().max() < 1e-10
+    back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    assert (back(x).logits - hf(x).logits).abs().max() < 1e-10
+
+
+def test_nanogpt_characters(tmp_path):
+    alphabet = sorted("abc \n!")
+    meta = {"vocab_size": 6, "itos": dict(enumerate(alphabet)),
+            "stoi": {c: i for i, c in enumerate(alphabet)}}
+    with open(tmp_path / "meta.pkl", "wb") as f:
+        pickle.dump(meta, f)
+    tok = convert.nanogpt_characters(tmp_path / "meta.pkl")
+    assert tok.encode("cab!").tolist() == [meta["stoi"][c] for c in "cab!"]
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    with open(tmp_path / "meta.pkl", "wb") as f:
+        pickle.dump({"itos": Bomb()}, f)
+    with pytest.raises(ValueError, match="refused"):
+        convert.nanogpt_characters(tmp_path / "meta.pkl")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_what_cannot_be_converted(tmp_path):
+    torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
+    for argv, word in (([], "--input"),
+                       ([f"--input={tmp_path}/other.pt", f"--out={tmp_path}/o"], "model_args"),
+                       ([f"--input={tmp_path}/none/here", f"--out={tmp_path}/o"], "no folder"),
+                       ([f"--input={tmp_path}", f"--out={tmp_path}/o"], "not a model folder")):
+        with pytest.raises(ValueError, match=word):
+            run_convert(*argv)
+    tiny().save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="50257 ids, the model .* has 97"):
+        run_convert(f"--input={tmp_path}/m", f"--out={tmp_path}/o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_hub_names_come_from_the_local_cache(tmp_path, monkeypatch):
+    """A hub cache as a download leaves it: refs/, snapshots/REVISION/."""
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--someone--tiny-gpt2"
+    models = {"a" * 40: tiny(seed=1), "b" * 40: tiny(seed=2)}
+    for commit, model in models.items():
+        model.save_pretrained(repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    (repo / "refs" / "v2").write_text("b" * 40)
+    x = ids()
+    for revision, commit in ((None, "a" * 40), ("v2", "b" * 40), ("b" * 40, "b" * 40)):
+        model = GPT.from_pretrained("someone/tiny-gpt2", revision=revision)
+        assert (model(x)[0] - models[commit](x)[0]).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="hf download someone/other"):
+        GPT.from_pretrained("someone/other")
+
+
+def test_fresh_network_with_pretrained_token_embeddings(tmp_path):
+    text = "the cat sat on the mat\n" * 50
+    tok = char_tokenizer(set(text))
+    write_data(f"{tmp_path}/c", tok, {"train": [text], "val": [text]})
+    tiny(vocab_size=tok.vocab_size).float().save_pretrained(tmp_path / "m")
+    settings = {name: default for name, (default, _, _) in find_settings(vars(train)).items()}
+    argv = [f"--dataset={tmp_path}/c", f"--out_dir={tmp_path}/run", "--n_layer=1", "--n_head=2",
+            "--n_embd=32", "--block_size=16", "--batch_size=2", "--max_steps=1", "--device=cpu",
+            f"--wte_from={tmp_path}/m", "--learning_rate=0", "--sample_tokens=0"]
+    vars(train).update(settings)
+    configure(vars(train), argv)
+    train.main()
+    state = load_torch(tmp_path / "run" / "ckpt.pt")["model"]
+    given = GPT.from_pretrained(tmp_path / "m")
+    assert torch.equal(state["transformer.wte.weight"], given.transformer.wte.weight)
+    assert state["transformer.wpe.weight"].std() < 0.03  # the rest is new
+    with pytest.raises(ValueError, match=r"\(11, 32\).*\(11, 16\)"):
+        configure(vars(train), [*argv, "--n_embd=16"])
+        train.main()
+
+
+def test_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "config/x.py", "--init_from", "auto", "--seed=2",
+                                     "--init-from=y", "--eval_only"])
+    assert command_line(init_from="resume") == (
+        "python train.py config/x.py --seed=2 --eval_only --init_from=resume")
+
+
+def test_an_older_best_model_is_not_mixed_with_a_new_tokenizer(tmp_path):
+    """A run folder that once held another vocabulary: load_model says both sizes."""
+    tiny().save_pretrained(tmp_path / "best")
+    open_tokenizer("bytes").save(tmp_path / "best")
+    with pytest.raises(ValueError, match="256 ids, the model .* has 97"):
+        load_model(tmp_path)
+    shutil.rmtree(tmp_path / "best")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="llama"):
+        load_model(tmp_path)

@@ -1,0 +1,116 @@
+"""The prepare scripts, on files of their own."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prepare_text
+import prepare_tinystories
+from configurator import configure, find_settings
+from data import Data
+
+HERE = Path(__file__).parent
+STORIES = [f"Once there was a cat number {i}. It said “hi”.\nThe end." for i in range(50)]
+
+
+def run_script(module, *argv):
+    vars(module).update({k: v for k, (v, _, _) in find_settings(vars(module)).items()})
+    configure(vars(module), list(argv))
+    module.main()
+
+
+def text_of(split, tokenizer):
+    return tokenizer.decode(split.rows([0], split.tokens)[0])
+
+
+def jsonl(path, rows):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+    return path
+
+
+def test_one_plain_file_is_split_contiguously(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(200))
+    (tmp_path / "a.txt").write_text(text)
+    run_script(prepare_text, f"--input={tmp_path}/a.txt", f"--name={tmp_path}/set")
+    opened = Data(f"{tmp_path}/set")
+    cut = int(len(text) * 0.9)
+    assert text_of(opened.train, opened.tokenizer()) == text[:cut]
+    assert text_of(opened.val, opened.tokenizer()) == text[cut:]
+    assert opened.vocab_size == len(set(text)) and opened.eos_id is None
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_documents_are_held_out_evenly_and_closed(tmp_path, tokenizer):
+    jsonl(tmp_path / "a.jsonl.gz", STORIES)
+    run_script(prepare_text, "--input", f"{tmp_path}/*.gz", f"--name={tmp_path}/set",
+               f"--tokenizer={tokenizer}", "--val_fraction=0.2")
+    opened = Data(f"{tmp_path}/set", verify=True)
+    end = "<|endoftext|>"
+    train = text_of(opened.train, opened.tokenizer()).split(end)
+    val = text_of(opened.val, opened.tokenizer()).split(end)
+    assert train.pop() == val.pop() == "" and len(val) == 10
+    assert val == STORIES[4::5] and sorted(train + val) == sorted(STORIES)
+
+
+def test_characters_with_a_separator(tmp_path):
+    (tmp_path / "a.txt").write_text("ab|ba|abba|b|a|bb")
+    run_script(prepare_text, f"--input={tmp_path}/a.txt", f"--name={tmp_path}/set",
+               "--separator=|", "--val_fraction=0.34")
+    opened = Data(f"{tmp_path}/set")
+    assert opened.eos_id is not None
+    assert text_of(opened.train, opened.tokenizer()) == "ab|ba|b|a|"
+    assert text_of(opened.val, opened.tokenizer()) == "abba|bb|"
+
+
+def test_validation_files_may_bring_characters(tmp_path):
+    (tmp_path / "a.txt").write_text("abc" * 30)
+    (tmp_path / "b.txt").write_text("cdé")
+    run_script(prepare_text, f"--input={tmp_path}/a.txt", f"--val_input={tmp_path}/b.txt",
+               f"--name={tmp_path}/set")
+    opened = Data(f"{tmp_path}/set")
+    assert text_of(opened.val, opened.tokenizer()) == "cdé" and opened.vocab_size == 5
+
+
+def test_tinystories_from_the_hubs_text_files(tmp_path, capsys):
+    stories = [*STORIES, "  ", "Tom said, \u00e2\u20ac\u0153Hi!\u00e2\u20ac\u009d"]
+    (tmp_path / "train.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    jsonl(tmp_path / "valid.jsonl", STORIES[:7])
+    run_script(prepare_tinystories, f"--train_input={tmp_path}/train.txt",
+               f"--val_input={tmp_path}/valid.jsonl", f"--name={tmp_path}/set")
+    opened = Data(f"{tmp_path}/set", verify=True)
+    found = text_of(opened.train, opened.tokenizer()).split("<|endoftext|>")[:-1]
+    assert found == [*STORIES, "Tom said, “Hi!”"]
+    assert opened.meta["splits"]["val"]["documents"] == 7
+    said = capsys.readouterr().out
+    assert "1 empty stories dropped, 1 with broken quotation marks" in said
+    run_script(prepare_tinystories, f"--train_input={tmp_path}/train.txt", "--limit=5",
+               f"--val_input={tmp_path}/valid.jsonl", f"--name={tmp_path}/set")
+    assert Data(f"{tmp_path}/set").meta["splits"]["train"]["documents"] == 5
+
+
+def test_shakespeare_is_plain_text():
+    text = prepare_text.shakespeare()
+    assert text.startswith("THESEUS:\nNow, fair Hippolyta, our nuptial hour\n")
+    assert 4_500_000 < len(text) < 5_000_000 and not set("*#_[]") & set(text)
+    assert "HAMLET:\nTo be, or not to be: that is the question:\n" in text
+    assert "\n\n\n" not in text and text.endswith("\n\n")
+
+
+def test_mistakes(tmp_path):
+    (tmp_path / "a.txt").write_text("abc")
+    for module, argv, word in (
+            (prepare_text, ["--val_fraction=1.0"], "val_fraction"),
+            (prepare_text, ["--input=nothing.txt"], "nothing.txt"),
+            (prepare_text, [f"--input={tmp_path}/a.txt", "--tokenizer=none.json"], "none.json"),
+            (prepare_tinystories, ["--train_input=a.txt"], "--val_input")):
+        with pytest.raises(ValueError, match=word):
+            run_script(module, *argv, f"--name={tmp_path}/set")
+    done = subprocess.run([sys.executable, HERE / "prepare_text.py", "--input", "no/*.txt"],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == "error: no file matches 'no/*.txt'\n"
