@@ -18,7 +18,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        # laid out for 8 rows: also the fastest for 1, and within a tenth of the best for hundreds
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x):
@@ -26,21 +27,27 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, symmetric, one scale for each output; activations pass
-    through bfloat16, the sums are float32."""
+    """A linear layer with int8 weights, symmetric, one scale for each output.
+
+    Few rows go through the int8 kernel, activations in bfloat16; many (a prompt) are bound by
+    arithmetic, not by reading, and go through float weights made on the fly.
+    """
+
+    kernel_rows = 32
 
     def __init__(self, weight, bias):
         super().__init__()
-        scale = weight.detach().float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.weight = (weight.detach() / scale).round().to(torch.int8)
-        self.scale = scale[:, 0].bfloat16()
-        # what rounding the scale took away goes into the weights again
-        self.weight = (weight.detach() / self.scale.float()[:, None]).round().clamp(-127, 127).to(
-            torch.int8)
+        weight = weight.detach().float().contiguous()
+        self.scale = (weight.abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
+        self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x):
-        y = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2).bfloat16(), self.weight, self.scale)
+        rows = x.reshape(-1, x.size(-1))
+        if len(rows) > self.kernel_rows:
+            weight = self.weight.to(x.dtype).mul_(self.scale.to(x.dtype)[:, None])
+            return F.linear(x, weight, self.bias)
+        y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

@@ -6,7 +6,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=IP --master_port=29500 \\
         train.py config/gpt2_124M.py            # and --node_rank=1 on the other node
     python train.py config/tinystories.py --init_from=resume
-    python train.py --eval_only --init_from=gpt2 --dataset=tinystories
+    python train.py --eval_only --init_from=gpt2 --dataset=tinystories  [--quantize=int8]
 """
 
 import math
@@ -32,6 +32,7 @@ from common import (
 )
 from configurator import run
 from data import Data, WindowOrder
+from decode import prepare
 from model import GPT, GPTConfig, load_torch, read_pretrained
 from optim import build_optimizer
 
@@ -70,6 +71,7 @@ log_interval = 10  # steps between lines
 eval_interval = 250  # steps between evaluations, each with a checkpoint and a sample
 eval_tokens: int | None = None  # evaluate on the first so many tokens; None: the whole split
 eval_only = False  # evaluate and leave
+quantize: str | None = None  # with eval_only: int8, to see what it costs
 sample_tokens = 100  # length of the printed sample; 0 for none
 wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
 # the machine
@@ -188,10 +190,12 @@ def main():
                          f"({tokenizer.name}) one of {data.vocab_size}; prepare it with the model's")
     raw_model.to(env.device)
     if eval_only:
+        raw_model = prepare(raw_model, quantize) if quantize else raw_model
         found = evaluate(raw_model, data.val, env)
-        say(f"{init_from} on {dataset}, {data.val.tokens:,} tokens: loss {found['val_loss']:.4f}, "
-            f"perplexity {found['val_ppl']:.2f}"
-            + (f", {found['val_bpb']:.4f} bits a byte" if "val_bpb" in found else ""))
+        name = init_from + (f" in {quantize}" if quantize else "")
+        bpb = f", {found['val_bpb']:.4f} bits a byte" if "val_bpb" in found else ""
+        say(f"{name} on {dataset}, {data.val.tokens:,} tokens: loss {found['val_loss']:.4f}, "
+            f"perplexity {found['val_ppl']:.2f}{bpb}")
         return env.close()
 
     update = build_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
