@@ -217,6 +217,8 @@ def load():
 
 def main(command):
     warnings.simplefilter("ignore")
+    if repeats < 1 or prompt < 1:
+        raise ValueError(f"repeats and prompt must be at least 1, got {repeats} and {prompt}")
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown: {', '.join(PRESETS)}")
     {"decode": decode, "load": load}[command]()

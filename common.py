@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -84,7 +85,8 @@ class Device:
         """Dense 16-bit peak of this chip in FLOP/s; None where it is unknown or not what runs."""
         if self.type != "cuda" or self.dtype == torch.float32:
             return None
-        return next((peak for chip, peak in PEAK_FLOPS.items() if chip in self.name()), None)
+        return next((peak for chip, peak in PEAK_FLOPS.items()
+                     if re.search(rf"\b{chip}\b(?! Ti| D| Laptop)", self.name())), None)
 
     def sum(self, *values: float) -> list[float]:
         """Sums of each value over all ranks."""
@@ -180,7 +182,8 @@ def save_checkpoint(path, checkpoint: dict):
 def save_best(out_dir: Path, model, tokenizer):
     """Puts a model and its tokenizer into OUT/best as a Hugging Face folder."""
     try:
-        if not (out_dir / "best" / "tokenizer.json").is_file():
+        file = out_dir / "best" / "tokenizer.json"
+        if not file.is_file() or file.read_text(encoding="utf-8") != tokenizer.to_json():
             tokenizer.save(out_dir / "best")
         model.save_pretrained(out_dir / "best", tokenizer.eos_id)
     except Exception as e:
@@ -198,19 +201,24 @@ class Metrics:
         self.path, self.png = out_dir / "metrics.jsonl", out_dir / "loss.png"
         self.rows = []
         if resume_step is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # cut short by a crash
-                if row["step"] <= resume_step:
-                    self.rows.append(row)
+            self.rows = [row for row in self.read(self.path) if row["step"] <= resume_step]
         with replacing(self.path) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
+    @staticmethod
+    def read(path) -> list[dict]:
+        """The rows of a metrics file; one that a crash cut short is left out."""
+        rows = []
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
     def log(self, **row):
         row = {key: float(f"{v:.7g}") if isinstance(v, float) else v for key, v in row.items()
-               if v is not None}
+               if v is not None and math.isfinite(v)}
         self.rows.append(row)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -224,7 +232,7 @@ class Metrics:
         for tokens, loss in points:
             columns[min(width - 1, tokens * width // (points[-1][0] + 1))].append(loss)
         means = [sum(c) / len(c) if c else None for c in columns]
-        low, high = min(m for m in means if m), max(m for m in means if m)
+        low, high = (pick(m for m in means if m is not None) for pick in (min, max))
         rows = [[" "] * width for _ in range(height)]
         for x, mean in enumerate(means):
             if mean is not None:
@@ -270,6 +278,13 @@ def set_aside(out_dir: Path):
             os.replace(out_dir / name, previous / name)
 
 
+def start_id(tokenizer) -> int:
+    """The id that a text from nothing starts with: end-of-text, or (characters) a line break."""
+    if tokenizer.eos_id is not None:
+        return tokenizer.eos_id
+    return int(tokenizer.encode("\n")[0]) if b"\n" in tokenizer.tokens else 0
+
+
 def command_line(**changes) -> str:
     """The command that started this script, with settings changed."""
     words, skip = [], False
@@ -299,13 +314,16 @@ def load_model(name, tokenizer=None, **options):
     if tokenizer is not None:
         tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     elif (folder / "ckpt.pt").is_file() and not (folder / "best" / "config.json").is_file():
-        tokenizer = from_json(load_torch(folder / "ckpt.pt")["tokenizer"])
+        tokenizer = from_json(load_torch(folder / "ckpt.pt").get("tokenizer", ""))
     elif folder.is_dir():
         folder = folder / "best" if (folder / "best" / "config.json").is_file() else folder
         has = any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "vocab.bpe"))
         tokenizer = open_tokenizer(folder if has else "gpt2")
     else:
-        file = hub_file(str(name), "tokenizer.json", options.get("revision"))
+        revision = options.get("revision")
+        file = hub_file(str(name), "tokenizer.json", revision)
+        if file is None and hub_file(str(name), "vocab.json", revision):
+            file = hub_file(str(name), "merges.txt", revision)  # its vocab.json lies beside it
         tokenizer = open_tokenizer(file if file else "gpt2")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids, the model "

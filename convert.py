@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common import load_model
+from common import Metrics, load_model
 from configurator import run
 from data import replacing
 from model import GPT, GPTConfig, load_torch
@@ -40,7 +40,7 @@ def load_nanogpt(path) -> tuple[GPT, dict]:
                            args["n_embd"], args["dropout"], args["bias"], activation="gelu")
         state = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
         state["transformer.wte.weight"] = state["transformer.wte.weight"][:vocab_size]
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no checkpoint of nanoGPT's: it lacks {e}") from None
     with torch.device("meta"):
         model = GPT(config)
@@ -78,11 +78,11 @@ def facts(folder: Path) -> dict:
     found = {"Data": checkpoint["settings"]["dataset"], "Command": f"`{checkpoint['command']}`",
              "Training": f"{checkpoint['step']:,} steps, {checkpoint['tokens']:,} tokens"}
     if (folder / "metrics.jsonl").is_file():
-        rows = [json.loads(line) for line in
-                (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        best = min((row for row in rows if "val_loss" in row), key=lambda row: row["val_loss"])
-        found["Validation"] = f"loss {best['val_loss']:.4f}, perplexity {best['val_ppl']:.3f}" + (
-            f", {best['val_bpb']:.4f} bits a byte" if "val_bpb" in best else "")
+        rows = [row for row in Metrics.read(folder / "metrics.jsonl") if "val_loss" in row]
+        if rows:
+            best = min(rows, key=lambda row: row["val_loss"])
+            found["Validation"] = f"loss {best['val_loss']:.4f}, perplexity {best['val_ppl']:.3f}" + (
+                f", {best['val_bpb']:.4f} bits a byte" if "val_bpb" in best else "")
     return found
 
 

@@ -12,6 +12,7 @@ import json
 import lzma
 import os
 import time
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -68,12 +69,21 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
     ValueError names the file and the line of what cannot be read."""
     path = Path(path)
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
-        table = pq.ParquetFile(path)
-        if column not in table.schema_arrow.names:
-            raise ValueError(f"{path} has no column {column!r}; it has {table.schema_arrow.names}")
-        for batch in table.iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
+        try:
+            table = pq.ParquetFile(path)
+            if column not in table.schema_arrow.names:
+                raise ValueError(f"{path} has no column {column!r}; it has "
+                                 f"{table.schema_arrow.names}")
+            for batch in table.iter_batches(columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise ValueError(  # noqa: TRY004
+                            f"{path}: a row's {column!r} is {type(text).__name__}, expected text")
+                    yield text
+        except pa.ArrowException as e:
+            raise ValueError(f"{path} is damaged: {e}") from None
         return
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
@@ -93,7 +103,7 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} "
                          f"({e.reason})") from None
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as e:
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as e:
         raise ValueError(f"{path} is damaged: {e}") from None
 
 
@@ -135,7 +145,8 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = SHARD_TOK
             except BaseException:
                 remove(folder.glob("*.part"))
                 raise
-            remove([folder / "meta.json", *folder.glob("*_*.bin")])
+            remove([folder / "meta.json", *folder.glob("train_[0-9]*.bin"),
+                    *folder.glob("val_[0-9]*.bin")])
             for part in folder.glob("*.part"):
                 os.replace(part, part.with_suffix(""))
             with replacing(folder / "tokenizer.json") as tmp:
@@ -154,7 +165,7 @@ def remove(files):
 
 def _write_split(folder, split, documents, tokenizer, shard_tokens):
     from tqdm import tqdm
-    end = [] if tokenizer.eos_id is None else np.array([tokenizer.eos_id], tokenizer.dtype)
+    end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], tokenizer.dtype)
     info = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
     start, file, digest, filled = time.perf_counter(), None, None, 0
 
@@ -259,6 +270,10 @@ class Data:
             old = [folder / f"{split}.bin" for split in ("train", "val")]
             if not all(file.is_file() for file in old):
                 raise ValueError(f"no prepared data in {folder}; first run: {again}")
+            for file in old:
+                if file.stat().st_size % 2 or not file.stat().st_size:
+                    raise ValueError(f"{file} has {file.stat().st_size:,} bytes, expected whole uint16 "
+                                     "tokens: it was cut; prepare it again")
             self.meta, self.vocab_size, self.eos_id = None, 50257, 50256
             self.train, self.val = (Split([file], "<u2", 50257) for file in old)
             return
@@ -309,7 +324,9 @@ class Damaged(Exception):
     """A shard that is not what meta.json says."""
 
 
-PREPARE = {"tinystories": "prepare_tinystories.py", "shakespeare": "prepare_text.py"}
+PREPARE = {"shakespeare": "prepare_text.py", "tinystories": "prepare_tinystories.py",
+           "tinystories_4k": "prepare_tinystories.py --name=tinystories_4k "
+                             "--tokenizer=data/ts4k.json"}
 
 
 # ---- the order of training ----

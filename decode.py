@@ -44,10 +44,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))
-        if len(rows) > self.kernel_rows:
+        if len(rows) > self.kernel_rows or rows.size(1) % 16:  # the kernel reads 16 at a time
             weight = self.weight.to(x.dtype).mul_(self.scale.to(x.dtype)[:, None])
             return F.linear(x, weight, self.bias)
-        y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale)
+        y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16().contiguous(), self.weight,
+                                                self.scale)
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

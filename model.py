@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,10 +35,11 @@ class GPTConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name, most in (("block_size", 2**24), ("vocab_size", 2**24), ("n_layer", 10_000),
+                           ("n_head", 2**17), ("n_embd", 2**17)):
             size = getattr(self, name)
-            if type(size) is not int or not 0 < size < 2**31:
-                raise ValueError(f"{name} must be a positive whole number, got {size!r}")
+            if type(size) is not int or not 0 < size <= most:
+                raise ValueError(f"{name} must be a whole number in 1 … {most}, got {size!r}")
         if self.n_embd % self.n_head:
             fits = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; "
@@ -254,8 +256,9 @@ class GPT(nn.Module):
         if temperature > 0:  # all of a row's random numbers now: one uniform a token
             seed = torch.randint(2**62, (1,), generator=generator,
                                  device=generator.device if generator else "cpu").item()
+            where = "cpu" if idx.device.type == "mps" else idx.device  # MPS has no float64
             u = torch.stack([torch.rand(n, dtype=torch.float64, generator=torch.Generator()
-                             .manual_seed(seed + row)) for row in range(B)]).to(idx.device)
+                             .manual_seed(seed + row)) for row in range(B)]).to(where)
         block_size, mask = self.config.block_size, attention_mask
         chunk = idx[:, -block_size:]
         mask = mask[:, -block_size:] if mask is not None else None
@@ -268,13 +271,20 @@ class GPT(nn.Module):
         try:
             for i in range(n):
                 if cache.length + chunk.size(1) > block_size:
-                    keep = (block_size + 1) // 2
-                    chunk = torch.cat(seen, dim=1)[:, -keep:]
+                    first = -((block_size + 1) // 2)
+                    if mask is not None:  # a padded row moves when it alone is full
+                        mask = mask.clone()
+                        mask[mask.sum(1) > block_size, :first] = 0
+                        first = int(mask.any(0).int().argmax())
+                        mask = mask[:, first:]
+                    chunk = torch.cat(seen, dim=1)[:, first:]
                     seen, cache.length = [chunk], 0
-                    mask = mask[:, -keep:] if mask is not None else None
                 logits = self.logits(self.hidden(chunk, mask, cache)[:, -1])
-                token = (draw(logits, u[:, i, None], temperature, top_k, top_p)
-                         if temperature > 0 else logits.argmax(-1))
+                if temperature > 0:
+                    token = draw(logits.to(where), u[:, i, None], temperature, top_k, top_p)
+                    token = token.to(idx.device)
+                else:
+                    token = logits.argmax(-1)
                 if stop is not None:
                     token = torch.where(done, stop[0], token)
                     done |= torch.isin(token, stop)
@@ -301,6 +311,7 @@ class GPT(nn.Module):
         evaluation mode. ValueError names what does not fit.
         """
         config, tensors = read_pretrained(name, revision)
+        positions = config.block_size
         if block_size is not None:
             if block_size > config.block_size:
                 raise ValueError(f"block_size={block_size} is more than the {config.block_size} "
@@ -315,8 +326,8 @@ class GPT(nn.Module):
             if key not in tensors:
                 raise ValueError(f"{name} has no tensor {key}")
             shape, read = tensors.pop(key)
-            if key == "transformer.wpe.weight" and shape[1:] == want.shape[1:]:
-                shape = (min(shape[0], want.shape[0]), shape[1])
+            if key == "transformer.wpe.weight" and tuple(shape) == (positions, config.n_embd):
+                shape = want.shape  # cropped below, as asked
             if tuple(shape) != tuple(want.shape):
                 raise ValueError(f"{name}: {key} has shape {tuple(shape)}, "
                                  f"config.json makes it {tuple(want.shape)}")
@@ -358,11 +369,14 @@ class GPT(nn.Module):
         for file, write in (("model.safetensors", lambda f: save_file(tensors, f, {"format": "pt"})),
                             ("config.json", lambda f: f.write_text(text, encoding="utf-8"))):
             tmp = folder / f"{file}.tmp"
-            write(tmp)
-            tmp.chmod(0o644)  # safetensors leaves 0600
-            with open(tmp, "rb+") as f:
-                os.fsync(f.fileno())
-            os.replace(tmp, folder / file)
+            try:
+                write(tmp)
+                tmp.chmod(0o644)  # safetensors leaves 0600
+                with open(tmp, "rb+") as f:
+                    os.fsync(f.fileno())
+                os.replace(tmp, folder / file)
+            finally:
+                tmp.unlink(missing_ok=True)
 
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by Hugging Face
@@ -378,8 +392,12 @@ def read_pretrained(name, revision=None):
             folder = folder / "best"
         elif (folder / "ckpt.pt").is_file():
             checkpoint = load_torch(folder / "ckpt.pt")
-            config = GPTConfig(**checkpoint["config"])
-            return config, {k: (v.shape, lambda v=v: v) for k, v in checkpoint["model"].items()}
+            try:
+                config = GPTConfig(**checkpoint["config"])
+                return config, {k: (v.shape, lambda v=v: v) for k, v in checkpoint["model"].items()}
+            except (KeyError, TypeError, AttributeError, IndexError):
+                raise ValueError(f"{folder / 'ckpt.pt'} was not written by train.py; nanoGPT's goes "
+                                 "through convert.py --input=FILE") from None
 
         def find(file):
             return folder / file if (folder / file).is_file() else None
@@ -408,6 +426,9 @@ def read_pretrained(name, revision=None):
             open_safetensors(path, tensors)
     elif (path := find("pytorch_model.bin")) is not None:
         for key, tensor in load_torch(path).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(  # noqa: TRY004
+                    f"{path}: {key} is {type(tensor).__name__}, expected a tensor")
             tensors[key] = (tensor.shape, lambda tensor=tensor: tensor)
     else:
         raise ValueError(f"{name} holds no model.safetensors and no pytorch_model.bin")
@@ -432,23 +453,27 @@ def config_from_hf(hf: dict, path) -> GPTConfig:
     """GPTConfig of a Hugging Face GPT-2 config; refuses by name whatever we would not compute."""
     if hf.get("model_type") != "gpt2":
         raise ValueError(f"{path}: model_type is {hf.get('model_type')!r}, expected 'gpt2'")
+    aliases = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "n_ctx": "n_positions",
+               "num_hidden_layers": "n_layer", "max_position_embeddings": "n_positions"}
+    hf = {aliases[key]: value for key, value in hf.items() if key in aliases} | hf
     width = hf.get("n_embd", 768)
     defaults = {"n_inner": None, "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
                 "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
                 "add_cross_attention": False}
     for key, default in defaults.items():
         value = hf.get(key, default)
-        if value != default and not (key == "n_inner" and value == 4 * width):
+        if value != default and not (
+                key == "n_inner" and type(width) is int and value == 4 * width):
             raise ValueError(f"{path}: {key}={value!r} is not supported, only {default!r}")
-    dropouts = {hf.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    if len(dropouts) > 1:
+    dropouts = [hf.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
+    if any(dropout != dropouts[0] for dropout in dropouts):
         raise ValueError(f"{path}: resid_pdrop, embd_pdrop and attn_pdrop differ: {dropouts}")
     activation = hf.get("activation_function", "gelu_new")
     try:
         return GPTConfig(
             block_size=hf.get("n_positions", 1024), vocab_size=hf.get("vocab_size", 50257),
             n_layer=hf.get("n_layer", 12), n_head=hf.get("n_head", 12), n_embd=width,
-            dropout=dropouts.pop(), bias=hf.get("bias", True),
+            dropout=dropouts[0], bias=hf.get("bias", True),
             activation="gelu_new" if activation == "gelu_pytorch_tanh" else activation,
             tie_word_embeddings=hf.get("tie_word_embeddings", True))
     except ValueError as e:
@@ -458,7 +483,7 @@ def config_from_hf(hf: dict, path) -> GPTConfig:
 def read_json(path) -> dict:
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")  # noqa: TRY004
@@ -479,24 +504,36 @@ def open_safetensors(path, tensors: dict):
 def load_torch(path) -> dict:
     """torch.load of tensors and plain values only: a pickle that would run code is refused."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True,
+                            mmap=zipfile.is_zipfile(path))  # files older than torch 1.6 are no zip
+    except OSError:
+        raise
     except pickle.UnpicklingError as e:
         raise ValueError(f"{path} holds more than tensors and is not loaded, as its pickle could run "
                          f"code: {str(e).splitlines()[0][:200]}") from None
-    except (RuntimeError, EOFError, KeyError) as e:
-        raise ValueError(f"{path} is damaged: {str(e).splitlines()[0][:200]}") from None
+    except Exception as e:  # noqa: BLE001 (a damaged pickle can raise anything)
+        raise ValueError(f"{path} is damaged: "
+                         f"{(str(e) or type(e).__name__).splitlines()[0][:200]}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, expected a dict")  # noqa: TRY004
+    return loaded
 
 
 def hub_file(name: str, file: str, revision: str | None = None):
     """Path of a hub repository's file in the local cache, downloaded if need be; None if it has
     none. A cached copy is taken as it is; `revision` pins one."""
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
     try:
         try:
             return Path(hf_hub_download(name, file, revision=revision, local_files_only=True))
         except errors.LocalEntryNotFoundError:
             return Path(hf_hub_download(name, file, revision=revision))
+    except errors.HFValidationError:
+        raise ValueError(f"no folder {name}, and it is not a hub name") from None
     except errors.LocalEntryNotFoundError:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        if file != "config.json" and isinstance(cached, str):
+            return None  # offline: the repository is there, this file of it is not
         raise ValueError(
             f"{name} is no local folder, it is not in the hub's local cache, and the hub cannot be "
             f"reached; download it where there is a network (hf download {name} --local-dir FOLDER) "
@@ -527,7 +564,9 @@ def check_sampling(config, idx, max_new_tokens, temperature, top_k, top_p):
 
 def draw(logits, u, temperature: float, top_k: int | None, top_p: float | None):
     """Tokens (B,) for logits (B, V) and uniform numbers u (B, 1), by inverting the distribution."""
-    probs, ids = (logits.float() / temperature).softmax(-1), None
+    logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature is greedy, not an overflow
+    probs, ids = (logits / temperature).softmax(-1), None
     if top_k is not None or top_p is not None and top_p < 1:
         # exactly k of them, largest first: equal logits at the k-th place do not widen the choice
         probs, ids = probs.topk(top_k or probs.size(-1))

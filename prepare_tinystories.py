@@ -24,12 +24,12 @@ hub_dataset = "roneneldan/TinyStories"  # CDLA-Sharing-1.0
 def hub_stories(split: str):
     from datasets import load_dataset
     try:
-        rows = load_dataset(hub_dataset, split=split, streaming=True)
+        for row in load_dataset(hub_dataset, split=split, streaming=True):
+            yield row["text"]
     except Exception as e:
-        raise ValueError(f"cannot reach {hub_dataset} on the hub ({type(e).__name__}); download its "
+        raise ValueError(f"cannot read {hub_dataset} from the hub ({type(e).__name__}); download its "
                          "files where there is a network and give them with --train_input and "
                          "--val_input") from e
-    return (row["text"] for row in rows)
 
 
 def stories(texts, counts: dict):

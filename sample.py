@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common import Device, load_model
+from common import Device, load_model, start_id
 from configurator import run
 from decode import beam_search, prepare, stream_text
 
@@ -46,10 +46,11 @@ def encode_prompt(text: str, tok, block_size: int) -> torch.Tensor:
     """(1, T) ids of a prompt, `FILE:path` read first; an empty one is end-of-text or a line break.
     One longer than the context keeps its last tokens, with a note."""
     if text.startswith("FILE:"):
-        text = Path(text[5:]).read_text(encoding="utf-8")
-    ids = tok.encode(text).tolist()
-    if not ids:
-        ids = tok.encode("\n").tolist() if tok.eos_id is None else [tok.eos_id]
+        try:
+            text = Path(text[5:]).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{text[5:]} is not UTF-8 text: {e.reason} at byte {e.start}") from None
+    ids = tok.encode(text).tolist() or [start_id(tok)]
     if len(ids) > block_size:
         print(f"note: the prompt has {len(ids)} tokens, the context {block_size}: "
               "its last ones are kept")
@@ -103,7 +104,7 @@ def main():
             return print()
         try:
             write(model, tok, text, number)
-        except ValueError as e:  # a character outside the alphabet: ask again
+        except (ValueError, OSError) as e:  # a character outside the alphabet, say: ask again
             print(f"error: {e}")
         number += 1
 

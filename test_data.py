@@ -71,6 +71,9 @@ def test_nanogpt_folder(tmp_path):
     opened = Data(f"{tmp_path}/")
     assert opened.vocab_size == 50257 and opened.train.bytes is None
     assert opened.train.rows([7], 5).tolist() == [[7, 8, 9, 10, 11]]
+    (tmp_path / "val.bin").write_bytes(b"odd")
+    with pytest.raises(ValueError, match=r"val\.bin has 3 bytes"):
+        Data(f"{tmp_path}/")
 
 
 def test_preparing_again_replaces_everything(tmp_path):
@@ -205,7 +208,9 @@ def test_documents_of_every_format(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"line 2: no field 'text' in \['body'\]"),
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
     ("a.jsonl", b'{"text": 3}\n', "'text' is int"), ("a.txt", b"caf\xe9", "not UTF-8 text: byte 0xe9"),
-    ("a.jsonl.gz", b"no gzip", "damaged"), ("a.jsonl.xz", b"no xz", "damaged")])
+    ("a.jsonl.gz", b"no gzip", "damaged"), ("a.jsonl.xz", b"no xz", "damaged"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:40] + b"\xff" * 40, "damaged"),
+    ("a.parquet", b"no parquet", "damaged")])
 def test_documents_that_cannot_be_read(tmp_path, name, content, word):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=word):

@@ -50,17 +50,15 @@ def test_beams_over_everything_are_exhaustive_search():
     randomise(model)
     x = torch.tensor([[1, 2]])
     best, best_score = None, -1e9
-    for new in itertools.product(range(5), repeat=3):  # 0 ends: what follows it does not count
-        length = new.index(0) + 1 if 0 in new else 3
+    for new in itertools.product(range(5), repeat=2):  # 0 ends: what follows it does not count
+        length = new.index(0) + 1 if 0 in new else 2
         full = torch.tensor([[1, 2, *new]])
         logp = F.log_softmax(model(full)[0][0, 1:-1], -1)
         score = sum(logp[i, new[i]].item() for i in range(length)) / length
         if score > best_score:
             best, best_score = [1, 2, *new[:length]], score
-    sequences, scores = beam_search(model, x, 3, num_beams=5, eos_id=0)
-    wide, wide_scores = beam_search(model, x, 3, num_beams=4, eos_id=0)
+    sequences, scores = beam_search(model, x, 2, num_beams=5, eos_id=0)
     assert sequences[0].tolist() == best and abs(scores[0].item() - best_score) < 1e-5
-    assert wide_scores[0] <= scores[0] + 1e-6 and wide.size(0) == 1
 
 
 def test_beams_past_the_context():
@@ -95,7 +93,7 @@ def test_prepared_models_have_the_same_logits(options):
     assert (packed.generate(x, 30, temperature=0) == greedy).all()
 
 
-def test_int8_rounds_weights_per_output():
+def test_int8_rounds_weights_per_output(monkeypatch):
     torch.manual_seed(0)
     weight, x = torch.randn(48, 64) * torch.logspace(-3, 1, 48)[:, None], torch.randn(5, 64)
     layer = Int8Linear(weight, torch.ones(48))
@@ -103,9 +101,15 @@ def test_int8_rounds_weights_per_output():
     assert ((back - weight).abs() <= 0.75 * layer.scale.float()[:, None]).all()
     exact = F.linear(x.bfloat16().float(), back, torch.ones(48))
     assert ((layer(x) - exact).abs() <= 0.005 * exact.abs() + 0.005 * back.norm(dim=1)).all()
+    odd = Int8Linear(torch.randn(10, 20), None)  # no multiple of the kernel's 16
+    exact = F.linear(x[:, :20], odd.weight.float() * odd.scale.float()[:, None])
+    assert (odd(x[:, :20]) - exact).abs().max() < 1e-4
     model, y = bytes_model(), torch.randint(256, (2, 40))
     loss = model(y[:, :-1], y[:, 1:])[1]
-    assert abs(prepare(model, "int8")(y[:, :-1], y[:, 1:])[1] / loss - 1) < 0.005
+    prepare(model, "int8")
+    for rows in (0, 10**9):  # through float weights, through the kernel
+        monkeypatch.setattr(Int8Linear, "kernel_rows", rows)
+        assert 0 < abs(model(y[:, :-1], y[:, 1:])[1] / loss - 1) < 0.005
     with pytest.raises(ValueError, match="int4"):
         prepare(model, "int4")
 

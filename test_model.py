@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -237,6 +238,17 @@ def test_left_padded_prompts_generate_what_they_do_alone():
     assert (out[1] == model.generate(long, 40, temperature=0)[0]).all()
 
 
+def test_left_padded_prompts_move_their_windows_alone():
+    model = tiny(block_size=16)
+    short, long = ids(1, 3, 1), ids(1, 9, 2)
+    batch = torch.cat([F.pad(short, (6, 0)), long])
+    mask = torch.ones_like(batch)
+    mask[0, :6] = 0
+    out = model.generate(batch, 60, temperature=0, attention_mask=mask)
+    assert (out[0, 6:] == model.generate(short, 60, temperature=0)[0]).all()
+    assert (out[1] == model.generate(long, 60, temperature=0)[0]).all()
+
+
 def test_a_row_ends_at_end_of_text():
     model, x = tiny(), ids(4, 6)
     free = model.generate(x, 30, temperature=0)[:, 6:].tolist()
@@ -300,13 +312,20 @@ def test_transformers_folder_in_other_layouts(tmp_path):
     hf.save_pretrained(tmp_path / "bin")
     (tmp_path / "bin" / "model.safetensors").unlink()
     torch.save(hf.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    shutil.copytree(tmp_path / "bin", tmp_path / "old")
+    torch.save(hf.state_dict(), tmp_path / "old" / "pytorch_model.bin",
+               _use_new_zipfile_serialization=False)  # as torch wrote before 1.6
+    edit(tmp_path / "old" / "config.json", num_attention_heads=4)
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["n_head"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
     hf.transformer.save_pretrained(tmp_path / "bare")
     old = load_file(tmp_path / "bare" / "model.safetensors")
     for layer in range(3):  # buffers that old files carry
         old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
         old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(old, tmp_path / "bare" / "model.safetensors", {"format": "pt"})
-    for layout in ("sharded", "bin", "bare"):
+    for layout in ("sharded", "bin", "old", "bare"):
         model = GPT.from_pretrained(tmp_path / layout)
         assert (model(x)[0] - logits).abs().max() < 1e-10, layout
     assert GPT.from_pretrained(tmp_path / "bin", dtype=torch.float32)(x)[0].dtype == torch.float32
@@ -350,7 +369,9 @@ def edit(path, **changes):
     ({"model_type": "llama"}, "llama"), ({"activation_function": "relu"}, "relu"),
     ({"n_embd": 64}, r"transformer\.wte\.weight.*\(97, 32\)"), ({"n_layer": 4}, r"h\.3\."),
     ({"n_layer": 2}, r"h\.2\."), ({"n_layer": -1}, "n_layer"), ({"vocab_size": "97"}, "vocab_size"),
-    ({"n_embd": 10**12}, "n_embd"), ({"n_head": 5}, "n_head=5")])
+    ({"n_embd": 10**12}, "n_embd"), ({"n_head": 5}, "n_head=5"), ({"n_layer": 10**9}, "n_layer"),
+    ({"resid_pdrop": []}, "differ"), ({"n_embd": None, "n_inner": 5}, "n_inner"),
+    ({"n_positions": 20}, r"wpe\.weight"), ({"n_embd": 2**40, "n_head": 1}, "n_embd")])
 def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path, change, word):
     tiny().save_pretrained(tmp_path)
     edit(tmp_path / "config.json", **change)
@@ -386,6 +407,12 @@ def test_damaged_and_hostile_files(tmp_path):
     with pytest.raises(ValueError, match="run code"):
         GPT.from_pretrained(tmp_path / "cut")
     assert not (tmp_path / "exploded").exists()
+    torch.save(torch.ones(2), tmp_path / "cut" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="expected a dict"):
+        GPT.from_pretrained(tmp_path / "cut")
+    torch.save({"step": 1}, tmp_path / "empty" / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"not written by train\.py"):
+        GPT.from_pretrained(tmp_path / "empty")
     (tmp_path / "cut" / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match="no model.safetensors"):
         GPT.from_pretrained(tmp_path / "cut")

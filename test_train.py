@@ -18,7 +18,14 @@ import pytest
 import torch
 
 import train
-from common import Metrics, lr_scale, micro_batch_seed, micro_batches, save_checkpoint
+from common import (
+    Device,
+    Metrics,
+    lr_scale,
+    micro_batch_seed,
+    micro_batches,
+    save_checkpoint,
+)
 from configurator import configure, find_settings
 from data import write_data
 from model import GPT, load_torch
@@ -107,7 +114,7 @@ def test_metrics_after_a_crash_have_no_row_twice(tmp_path):
 
 
 def test_two_ranks_equal_one(shared, tmp_path):
-    """The same gradients (an SGD-like single update of AdamW shows them) and the same losses."""
+    """The same gradient norms, losses and weights over four updates."""
     common = [HERE / "train.py", *TINY, f"--dataset={shared}/c", "--dropout=0.1", "--max_steps=4",
               "--eval_interval=2", "--total_batch_tokens=256", "--batch_size=4"]
     script(*common, f"--out_dir={tmp_path}/one")
@@ -203,7 +210,9 @@ def test_interrupted_training_saves_and_goes_on(shared, tmp_path):
     (["--lr_schedule=cos"], "cosine, linear, wsd"), (["--init_from=resume"], "resume from"),
     (["--init_from=./no/folder"], "no folder"), (["--block_size=100000"], "100001"),
     (["--device=tpu"], "--device=cpu"), (["--dtype=float8"], "float8"),
-    (["--dtype=float16"], "float16 is for GPUs"), (["--batch_size=0"], "batch_size")])
+    (["--dtype=float16"], "float16 is for GPUs"), (["--batch_size=0"], "batch_size"),
+    (["--seed=-1"], "seed"), (["--learning_rate=-1"], "learning_rate"), (["--beta1=1"], "beta1"),
+    (["--block_size=0"], "block_size"), (["--sample_tokens=-1"], "sample_tokens")])
 def test_mistakes_are_one_line(shared, tmp_path, argv, word):
     common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run", "--max_steps=1"]
     with pytest.raises(ValueError, match=word) as e:
@@ -253,6 +262,36 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path / "ckpt.pt", {"step": 2})
     assert load_torch(tmp_path / "ckpt.pt") == {"step": 1}
+
+
+def test_resume_takes_the_settings_of_today(shared, tmp_path):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}"]
+    run_train(*common, "--max_steps=1")
+    run_train(*common, "--max_steps=2", "--init_from=resume", "--weight_decay=0.3", "--beta2=0.9")
+    groups = weights(tmp_path)["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
+    assert all(tuple(g["betas"]) == (0.9, 0.9) for g in groups)
+
+
+def test_a_diverged_run_still_logs(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step, loss in enumerate([3.0, 2.5, math.nan, math.inf, 2.0], 1):
+        metrics.log(step=step, tokens=step * 10, train_loss=loss, elapsed_s=1.0)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() and len(rows(tmp_path)) == 5
+    curve = metrics.sketch().splitlines()
+    assert "3.000 │" in curve[0] and "•" in curve[0] and "2.000 │" in curve[8]
+    metrics.plot()
+
+
+def test_mfu_only_of_chips_that_are_known(monkeypatch):
+    device = Device("cpu")
+    device.type, device.dtype = "cuda", torch.bfloat16
+    for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA H100 PCIe", 756e12),
+                       ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
+                       ("NVIDIA L4", 121e12), ("NVIDIA RTX A1000", None), ("NVIDIA L400", None),
+                       ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("AMD Instinct", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert device.peak_flops() == peak, name
 
 
 def test_schedules():

@@ -12,6 +12,7 @@
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,10 +30,11 @@ from common import (
     save_best,
     save_checkpoint,
     set_aside,
+    start_id,
 )
 from configurator import run
 from data import Data, WindowOrder
-from decode import prepare
+from decode import Int8Linear, prepare
 from model import GPT, GPTConfig, load_torch, read_pretrained
 from optim import build_optimizer
 
@@ -52,6 +54,7 @@ n_embd = 768
 dropout = 0.0  # also of a pretrained model
 bias = True  # in Linear and LayerNorm; GPT-2 has it
 activation = "gelu_new"  # GPT-2's tanh GELU; or gelu (erf)
+tie_word_embeddings = True  # the output head is the token embedding
 # the updates
 max_steps = 3000  # updates in all
 batch_size = 16  # sequences of a micro-batch, on each rank
@@ -79,12 +82,18 @@ device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; None: on GPUs
 
+LEAST = {"max_steps": 1, "log_interval": 1, "eval_interval": 1, "block_size": 1, "batch_size": 1,
+         "seed": 0, "warmup_steps": 0, "sample_tokens": 0, "learning_rate": 0, "weight_decay": 0,
+         "beta1": 0, "beta2": 0, "grad_clip": 0}
+
 
 @torch.inference_mode()
 def evaluate(model, split, env) -> dict:
     """Mean loss over fixed windows of a split, shared among the ranks: val_loss (nats a token),
     val_ppl and, where the bytes of its text are known, val_bpb (bits a UTF-8 byte)."""
     T, tokens = model.config.block_size, split.tokens - 1  # the first is not predicted
+    if tokens < 1:
+        raise ValueError(f"the validation split has {split.tokens} token, it needs 2 to be evaluated")
     if eval_tokens is not None:
         tokens = min(tokens, max(eval_tokens, 1))
     rows = max(batch_size, min(4096, 2**26 // model.config.vocab_size) // T)  # a batch that fits
@@ -98,22 +107,18 @@ def evaluate(model, split, env) -> dict:
         ids = torch.from_numpy(split.rows(starts, length + 1)).to(env.device)
         with env.autocast():
             loss = model(ids[:, :-1], ids[:, 1:])[1]
-        total += loss.double().cpu() * len(starts) * length
+        total += loss.cpu().double() * len(starts) * length
     model.train()
     loss = env.sum(total.item())[0] / tokens
     found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700))}
-    if split.bytes:
+    if split.bytes and tokens == split.tokens - 1:  # the bytes of a part are not known
         found["val_bpb"] = loss / math.log(2) * split.tokens / split.bytes
     return found
 
 
 def sample_text(model, tokenizer, tokens: int) -> str:
     """A sample of the model, from end-of-text or (characters) a line break; always drawn alike."""
-    start = tokenizer.eos_id
-    if start is None:
-        start = tokenizer.encode("\n")[0] if "\n" in tokenizer.decode(range(tokenizer.vocab_size)) \
-            else 0
-    idx = torch.tensor([[int(start)]], device=next(model.parameters()).device)
+    idx = torch.tensor([[start_id(tokenizer)]], device=next(model.parameters()).device)
     ids = model.generate(idx, tokens, temperature=0.8, top_k=min(200, tokenizer.vocab_size),
                          eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(seed))
     return tokenizer.decode(ids[0, 1:].tolist()).strip()
@@ -125,12 +130,14 @@ def compiled(model, x, y, env):
         fast = torch.compile(model)
         with env.autocast():
             fast(x, y)[1].backward()
-        model.zero_grad(set_to_none=True)
         return fast
     except Exception as e:  # noqa: BLE001 (whatever the platform lacks)
-        print(f"warning: torch.compile failed here ({type(e).__name__}: "
-              f"{str(e).splitlines()[0][:120]}); running eager")
+        if env.rank == 0:
+            print(f"warning: torch.compile failed here ({type(e).__name__}: "
+                  f"{(str(e) or '-').splitlines()[0][:120]}); running eager")
         return model
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def token_embeddings(name: str, data, width: int) -> torch.Tensor:
@@ -152,14 +159,17 @@ def main():
     settings = {k: v for k, v in globals().items() if not k.startswith("_") and k.islower()
                 and isinstance(v, (int, float, str, list, type(None)))}
     env = Device(device, dtype)
-    say = print if env.rank == 0 else lambda *args, **kwargs: None
+    say = partial(print, flush=True) if env.rank == 0 else lambda *args, **kwargs: None
     out = Path(out_dir)
+    for name, least in LEAST.items():
+        if globals()[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {globals()[name]}")
+    if not (beta1 < 1 and beta2 < 1):
+        raise ValueError(f"beta1 and beta2 must be below 1, got {beta1} and {beta2}")
     data = Data(dataset, verify)
     tokenizer = data.tokenizer()
-    accumulation = micro_batches(total_batch_tokens, batch_size, block_size, env.world)
-    for name in ("max_steps", "log_interval", "eval_interval"):
-        if globals()[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {globals()[name]}")
+    accumulation = 1 if eval_only else micro_batches(total_batch_tokens, batch_size, block_size,
+                                                     env.world)
     lr_scale(lr_schedule, warmup_steps, max_steps, warmup_steps)  # an unknown name ends here
 
     # ---- the model: new, resumed or pretrained ----
@@ -167,18 +177,21 @@ def main():
     checkpoint = None
     if init_from in ("resume", "auto") and (out / "ckpt.pt").is_file():
         checkpoint = load_torch(out / "ckpt.pt")
-        for name in ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "activation"):
-            if settings[name] != checkpoint["settings"][name]:
-                raise ValueError(f"{out / 'ckpt.pt'} was trained with {name}="
-                                 f"{checkpoint['settings'][name]}, not {settings[name]}; give that, "
-                                 "or another --out_dir")
+        if "settings" not in checkpoint:
+            raise ValueError(f"{out / 'ckpt.pt'} was not written by train.py; convert.py reads nanoGPT's")
+        for name in ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "activation",
+                     "tie_word_embeddings"):
+            was = checkpoint["settings"].get(name, settings[name])
+            if settings[name] != was:
+                raise ValueError(f"{out / 'ckpt.pt'} was trained with {name}={was}, not "
+                                 f"{settings[name]}; give that, or another --out_dir")
         raw_model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
         raw_model.load_state_dict(checkpoint["model"])
     elif init_from == "resume":
         raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start with --init_from=scratch")
     elif init_from in ("scratch", "auto"):
         raw_model = GPT(GPTConfig(block_size, data.vocab_size, n_layer, n_head, n_embd, dropout,
-                                  bias, activation))
+                                  bias, activation, tie_word_embeddings))
         if wte_from:
             raw_model.transformer.wte.weight.data.copy_(token_embeddings(wte_from, data, n_embd))
     else:
@@ -190,7 +203,9 @@ def main():
                          f"({tokenizer.name}) one of {data.vocab_size}; prepare it with the model's")
     raw_model.to(env.device)
     if eval_only:
-        raw_model = prepare(raw_model, quantize) if quantize else raw_model
+        if quantize:
+            Int8Linear.kernel_rows = 10**9  # every product as decoding does it
+            prepare(raw_model, quantize)
         found = evaluate(raw_model, data.val, env)
         name = init_from + (f" in {quantize}" if quantize else "")
         bpb = f", {found['val_bpb']:.4f} bits a byte" if "val_bpb" in found else ""
@@ -201,10 +216,18 @@ def main():
     update = build_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     step, tokens, windows, elapsed, best_loss = 0, 0, 0, 0.0, math.inf
     if checkpoint is not None:
-        update.load_state_dict(checkpoint["optimizer"])
-        env.scaler.load_state_dict(checkpoint["scaler"])
+        saved = checkpoint["optimizer"]
+        for old, new in zip(saved["param_groups"], update.param_groups):
+            old |= {key: value for key, value in new.items() if key != "params"}  # today's settings
+        update.load_state_dict(saved)
+        if checkpoint["scaler"]:  # empty where the dtype was not float16
+            env.scaler.load_state_dict(checkpoint["scaler"])
         step, tokens, windows, elapsed, best_loss = (
             checkpoint[key] for key in ("step", "tokens", "windows", "elapsed_s", "best_loss"))
+    if env.sum(step)[0] != step * env.world:
+        raise ValueError(f"the ranks found different checkpoints in {out}: it must be a folder that "
+                         "all nodes share")
+    if checkpoint is not None:
         if step >= max_steps:
             say(f"{out} is finished: {step} of {max_steps} steps, best validation loss "
                 f"{best_loss:.4f}. Give more --max_steps to go on, or see it with: "
@@ -307,9 +330,10 @@ def main():
 
         last = step == max_steps
         seen = last or step % eval_interval == 0
-        if not (seen or step % log_interval == 0 or stop.received and env.world == 1):
+        stopping = env.sum(bool(stop.received))[0] > 0  # on every rank, or none
+        if not (seen or stopping or step % log_interval == 0):
             continue
-        loss, stopping = env.sum(loss_sum.item(), bool(stop.received))
+        loss = env.sum(loss_sum.item())[0]
         now = time.perf_counter()
         elapsed, rate = elapsed + now - clock, (step - counted) / (now - clock)
         clock, counted = now, step
@@ -326,10 +350,12 @@ def main():
         log(row)
         if seen or stopping:
             save()
-        if seen and env.rank == 0:
-            metrics.plot()
+            if env.rank == 0:
+                metrics.plot()
         if stopping and not last:
-            say(f"stopped by {stop.received} at step {step}; go on with: {command_line(init_from='resume')}")
+            command = command_line(init_from="resume") if env.world == 1 else \
+                "the same torchrun line and --init_from=resume"
+            say(f"stopped by {stop.received or 'a signal'} at step {step}; go on with: {command}")
             return env.close()
         clock = time.perf_counter()  # evaluating and saving is not training
     if env.rank == 0:

@@ -11,8 +11,8 @@ loss of 2.85 for it. Documentation of scale: this tree has not run it.
 out_dir = "out/gpt2_124M"
 dataset = "openwebtext"
 
-batch_size = 12
-total_batch_tokens = 491_520  # 5 micro-steps on each of 8 GPUs
+batch_size = 15
+total_batch_tokens = 491_520  # 4 micro-steps on each of 8 GPUs, 2 on each of 16
 max_steps = 600_000
 
 learning_rate = 6e-4

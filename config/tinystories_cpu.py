@@ -14,15 +14,15 @@ n_layer = 4
 n_head = 6
 n_embd = 192
 block_size = 256
-batch_size = 4
+batch_size = 8
 
-max_steps = 3200  # 3.3 M tokens
-learning_rate = 3e-3
+max_steps = 1650  # 3.4 M tokens
+learning_rate = 2e-3
 weight_decay = 0.1
 lr_schedule = "linear"
 min_lr_scale = 0.0
 warmup_steps = 100
 
-eval_interval = 1600
+eval_interval = 825
 log_interval = 100
 sample_tokens = 200
