@@ -209,7 +209,8 @@ def main():
         found = evaluate(raw_model, data.val, env)
         name = init_from + (f" in {quantize}" if quantize else "")
         bpb = f", {found['val_bpb']:.4f} bits a byte" if "val_bpb" in found else ""
-        say(f"{name} on {dataset}, {data.val.tokens:,} tokens: loss {found['val_loss']:.4f}, "
+        count = min(data.val.tokens, eval_tokens or data.val.tokens)
+        say(f"{name} on {dataset}, {count:,} tokens: loss {found['val_loss']:.4f}, "
             f"perplexity {found['val_ppl']:.2f}{bpb}")
         return env.close()
 
