@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as tk
+from data import read_documents
 from tokenizer import (
     EOT,
     bpe_encode_plain,
@@ -214,7 +215,20 @@ def test_lone_surrogates(kinds):
         train_bpe(["ab", "\ud83d"], 257)
 
 
-@settings(max_examples=500, deadline=None)
+@pytest.mark.skipif(not TINYSTORIES.is_dir(), reason="needs ../shared/data/tinystories")
+def test_gpt2_equals_tiktoken_on_all_validation_stories(kinds):
+    """With GPT-2's pattern as OpenAI wrote it; ours is another form of it."""
+    import tiktoken
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    ranks = kinds["gpt2"].ranks
+    theirs = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    stories = list(read_documents(TINYSTORIES / "valid.jsonl.gz"))
+    assert len(stories) == 7002
+    for story in stories:
+        assert kinds["gpt2"].encode(story).tolist() == theirs.encode_ordinary(story)
+
+
+@settings(max_examples=3400, deadline=None)  # of three kinds: over 10,000 round trips
 @given(st.text())
 def test_any_text_round_trips(kinds, text):
     for kind in ("gpt2", "bytes", "trained"):
