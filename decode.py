@@ -18,7 +18,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        # laid out for 8 rows: also the fastest for 1, and within a tenth of the best for hundreds
+        # laid out for 8 rows: of 1, 8, 32 and 512 the fastest, or nearly, for 1 to 16 of them
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8)
         self.bias = None if bias is None else bias.detach()
 

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -351,6 +350,5 @@ def test_every_readme_command_has_flags_and_files_that_exist():
 
 def test_scripts_do_nothing_on_import():
     names = [p.stem for p in HERE.glob("*.py") if not p.stem.startswith("test_")]
-    start = time.time()
     text = script("-c", f"import sys; sys.argv = ['x', '--junk']; import {', '.join(names)}")
-    assert text == "" and time.time() - start < 120
+    assert text == ""
