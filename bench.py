@@ -26,12 +26,14 @@ from model import GPT, PRESETS
 
 preset = "gpt2"  # gpt2, gpt2-medium, gpt2-large or gpt2-xl, with random weights
 prompt = 16  # tokens of the prompt
-new = [64, 256]  # tokens decoded behind it: a row for each
-batch = [1, 8]  # prompts decoded together: a row for each
+new = [64, 256, 960]  # tokens decoded behind it: a row for each
+batch = [1, 8, 64]  # prompts decoded together: a row for each
 kinds = ["float32", "bfloat16", "int8"]  # of our weights
 peer: str | None = None  # folder of a nanoGPT checkout
 repeats = 3  # of each measurement, in turn; the median counts
+max_seconds = 60.0  # what would take longer is left out, what would three times over runs once
 device = "auto"  # cpu, cuda, cuda:1, mps
+compile = False  # decode: also fuse the kernels of a GPU's one-token step
 
 
 def matvec_rate(model, M: int) -> float:
@@ -51,16 +53,18 @@ def read_rate(device) -> float:
     return x.numel() * 4 / median_seconds(x.sum, 7)
 
 
+def timed(work, *args) -> float:
+    """Seconds that work(*args) takes, the GPU's part of it included."""
+    synchronize()
+    start = time.perf_counter()
+    work(*args)
+    synchronize()
+    return time.perf_counter() - start
+
+
 def median_seconds(work, times: int) -> float:
     work()
-    seconds = []
-    for _ in range(times):
-        synchronize()
-        start = time.perf_counter()
-        work()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return statistics.median(timed(work) for _ in range(times))
 
 
 def synchronize():
@@ -76,88 +80,114 @@ def resident_mb() -> float:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def load_peer():
+    """The `model` module of the nanoGPT checkout that `peer` names; ValueError if there is none."""
+    file = Path(peer) / "model.py"
+    if not file.is_file():
+        raise ValueError(f"peer={peer} holds no model.py; expected a nanoGPT checkout")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def decoders(env) -> dict:
-    """{name: function(idx, n) that decodes n tokens greedily}; all start from the same weights."""
+    """{name: (function(idx, n) that decodes n tokens greedily, bytes of a weight, MB it added)};
+    all of ours start from the same weights."""
     torch.manual_seed(0)
-    config = PRESETS[preset]
+    config, found = PRESETS[preset], {}
     weights = GPT(config).state_dict()
 
-    def ours(kind):
+    def add(name, width, build):
+        before = resident_mb()
+        found[name] = build(), width, resident_mb() - before
+
+    def ours(kind, fast=True):
         model = GPT(config)
         model.load_state_dict(weights)
         model.to(env.device, torch.bfloat16 if kind == "bfloat16" else torch.float32).eval()
-        prepare(model, "int8" if kind == "int8" else None)
+        if fast:
+            prepare(model, "int8" if kind == "int8" else None, compile)
         return lambda idx, n: model.generate(idx, n, temperature=0)
 
-    found = {}
+    widths = {"float32": 4, "bfloat16": 2, "int8": 1}
     for kind in kinds:
-        if kind not in ("float32", "bfloat16", "int8"):
-            raise ValueError(f"kinds: {kind!r} is unknown: float32, bfloat16 or int8")
-        found[f"ours {kind}"] = ours(kind)
-    plain = GPT(config).to(env.device).eval()
-    found["ours, unprepared"] = lambda idx, n: plain.generate(idx, n, temperature=0)
+        if kind not in widths:
+            raise ValueError(f"kinds: {kind!r} is unknown: {', '.join(widths)}")
+        add(f"ours {kind}", widths[kind], lambda kind=kind: ours(kind))
+    add("ours, unprepared", 4, lambda: ours("float32", fast=False))
     try:
         import transformers
         transformers.logging.set_verbosity_error()
-        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)).to(env.device)
-        found["transformers"] = lambda idx, n: hf.eval().generate(
-            idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, min_new_tokens=n,
-            do_sample=False, pad_token_id=0)
+
+        def theirs():
+            hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+                n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)).to(env.device)
+            return lambda idx, n: hf.eval().generate(
+                idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, min_new_tokens=n,
+                do_sample=False, pad_token_id=0)
+        add("transformers", 4, theirs)
     except ImportError:
         print("transformers is not installed: no row for it (pip install transformers)")
     if peer:
-        file = Path(peer) / "model.py"
-        if not file.is_file():
-            raise ValueError(f"peer={peer} holds no model.py; expected a nanoGPT checkout")
-        spec = importlib.util.spec_from_file_location("nanogpt_model", file)
-        theirs = importlib.util.module_from_spec(spec)
-        sys.modules["nanogpt_model"] = theirs
-        spec.loader.exec_module(theirs)
-        nano = theirs.GPT(theirs.GPTConfig(
-            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, bias=True,
-            vocab_size=config.vocab_size)).to(env.device).eval()
-        found["nanoGPT"] = lambda idx, n: nano.generate(idx, n, top_k=1)
+        module = load_peer()
+
+        def nano():
+            model = module.GPT(module.GPTConfig(
+                n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, bias=True,
+                vocab_size=config.vocab_size)).to(env.device).eval()
+            return lambda idx, n: model.generate(idx, n, top_k=1)
+        add("nanoGPT", 4, nano)
     return found
 
 
 def decode():
     env = Device(device, "float32")
-    V = PRESETS[preset].vocab_size
-    before = resident_mb()
+    config = PRESETS[preset]
+    longest = config.block_size - prompt
+    if not all(0 < n <= longest for n in new) or not all(B > 0 for B in batch):
+        raise ValueError(f"new must be in 1 … {longest} and batch at least 1, got {new} and {batch}")
     models = decoders(env)
-    plain = GPT(PRESETS[preset]).to(env.device)
-    size = plain.num_params() * 4
-    print(f"{preset}, {env.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-          f"median of {repeats}, in turn; {resident_mb() - before:,.0f} MB for all models together")
+    plain = GPT(config).to(env.device)
+    weights = plain.num_params() - plain.transformer.wpe.weight.numel()
     rates = {M: matvec_rate(plain, M) for M in batch}
-    limit = read_rate(env.device) / size
+    reads = read_rate(env.device)
     del plain
-    print("plain matrix-vector products alone: " + ", ".join(
-        f"B={M}: {rate * M:.1f} tok/s" for M, rate in rates.items())
-        + f"; reading every float32 weight once a token: {limit:.1f} tok/s")
-    print(f"\n{'B':>3} {'tokens':>9}  {'decoder':18}{'tok/s':>8}{'of products':>13}{'of reads':>10}"
-          f"{'x transformers':>16}")
+    print(f"{preset}, {env.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+          f"median of {repeats}, in turn")
+    print("products: every weight once through F.linear in float32: " + ", ".join(
+        f"B={M} {rate * M:.1f} tok/s" for M, rate in rates.items()))
+    print(f"reads: {reads / 1e9:.1f} GB/s, which is " + ", ".join(
+        f"{reads / weights / width:.0f} passes a second through {name} weights"
+        for name, width in (("float32", 4), ("bfloat16", 2), ("int8", 1))))
+    print(f"\n{'B':>3} {'tokens':>7}  {'decoder':17}{'MB':>6}{'tok/s':>8}{'of products':>13}"
+          f"{'of reads':>10}{'x transformers':>16}")
     for B in batch:
         for n in new:
-            idx = torch.randint(V, (B, prompt), device=env.device,
+            idx = torch.randint(config.vocab_size, (B, prompt), device=env.device,
                                 generator=torch.Generator(env.device).manual_seed(0))
-            seconds = {name: [] for name in models}
-            for turn in tqdm(range(repeats + 1), desc=f"B={B} n={n}", leave=False):
-                for name, work in models.items():
-                    if name == "nanoGPT" and turn > 1:
-                        continue  # slow: one warm run is enough
-                    synchronize()
-                    start = time.perf_counter()
-                    work(idx, n)
-                    synchronize()
-                    if turn:  # the first is the warm-up
-                        seconds[name].append(time.perf_counter() - start)
-            speed = {name: B * n / statistics.median(s) for name, s in seconds.items()}
-            for name, rate in speed.items():
-                beside = rate / speed["transformers"] if "transformers" in speed else float("nan")
-                print(f"{B:3} {f'{prompt}+{n}':>9}  {name:18}{rate:8.1f}{rate / rates[B] / B:13.2f}"
-                      f"{rate / limit / B:10.2f}{beside:16.2f}")
+            turns, seconds = {}, {name: [] for name in models}
+            for name, (work, _, _) in models.items():
+                work(idx, min(8, n))  # warms up, and tells what the whole would take
+                estimate = timed(work, idx, min(8, n)) * n / min(8, n)
+                turns[name] = (0 if estimate > max_seconds else
+                               1 if estimate * repeats > max_seconds else repeats)
+            for turn in tqdm(range(repeats), desc=f"B={B} n={n}", leave=False, disable=None):
+                for name, (work, _, _) in models.items():
+                    if turn < turns[name]:
+                        seconds[name].append(timed(work, idx, n))
+            speed = {name: B * n / statistics.median(s) for name, s in seconds.items() if s}
+            for name, (_, width, mb) in models.items():
+                row = f"{B:3} {f'{prompt}+{n}':>7}  {name:17}{mb:6,.0f}"
+                if name not in speed:
+                    print(f"{row}   over {max_seconds:.0f} s, left out")
+                    continue
+                rate = speed[name]
+                beside = (f"{rate / speed['transformers']:16.2f}" if "transformers" in speed
+                          else f"{'-':>16}")
+                print(f"{row}{rate:8.1f}{rate / rates[B] / B:13.2f}"
+                      f"{rate / B * weights * width / reads:10.2f}{beside}", flush=True)
 
 
 LOAD = """

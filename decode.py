@@ -1,7 +1,8 @@
 """What decoding needs beyond GPT.generate: beams, streamed text, weights laid out for speed.
 
-On a CPU, one-token steps are bound by reading the weights. `prepare` replaces each linear layer by
-one that reads them faster (oneDNN's own layout) or reads fewer bytes (int8).
+On a CPU, one-token steps are bound by reading the weights: `prepare` replaces each linear layer by
+one that reads them faster (oneDNN's own layout) or reads fewer bytes (int8). On a GPU they are bound
+by launching kernels: it records a step once and replays it.
 """
 
 import codecs
@@ -14,7 +15,7 @@ from model import GPT, KVCache, check_sampling
 
 
 class PackedLinear(nn.Module):
-    """A float32 linear layer with its weight in oneDNN's blocked layout, for CPUs."""
+    """A linear layer with its weight in oneDNN's blocked layout, for CPUs."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -53,22 +54,103 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class GraphedStep:
+    """GPT.next_logits with one-token steps of fixed shape, recorded once a text as a CUDA graph.
+
+    Position and mask lie on the device and every step attends to the whole cache, so that no shape
+    changes and nothing waits for the host. Prompts, and whatever else is not one token behind a
+    cache, take the usual way.
+    """
+
+    def __init__(self, model: GPT, compile: bool = False):
+        self.model, self.cache, self.length = model, None, 0
+        self.step = torch.compile(self.one_token) if compile else self.one_token
+
+    def __call__(self, idx, attention_mask, cache: KVCache):
+        if idx.size(1) > 1 or not cache.length:
+            return GPT.next_logits(self.model, idx, attention_mask, cache)
+        if cache is not self.cache:
+            self.record(idx, cache)
+        if cache.length != self.length:  # a text begins, or its window has moved
+            self.fill(idx, attention_mask, cache)
+        self.token.copy_(idx)
+        if self.graph is None:
+            self.run()
+        else:
+            self.graph.replay()
+        self.length = cache.length = cache.length + 1
+        return self.out
+
+    def one_token(self):
+        transformer = self.model.transformer
+        self.seen.index_fill_(3, self.at, True)
+        x = transformer.wte(self.token) + transformer.wpe(self.pos)
+        for layer, block in enumerate(transformer.h):
+            x = block(x, self.seen, layer, self.cache)
+        self.at.add_(1)
+        self.pos.add_(1)
+        return self.model.logits(transformer.ln_f(x)[:, -1])
+
+    def run(self):
+        self.cache.at = self.at
+        try:
+            self.out = self.step()
+        finally:
+            self.cache.at = None
+
+    def record(self, idx, cache):
+        B, S = idx.size(0), cache.k.size(3)
+        self.cache, self.length, self.graph = cache, 0, None
+        self.token = torch.zeros_like(idx)
+        self.pos = torch.zeros_like(idx)  # (B, 1), of each row's next token
+        self.at = idx.new_zeros(1)  # its place in the cache
+        self.seen = torch.zeros(B, 1, 1, S, dtype=torch.bool, device=idx.device)
+        if idx.device.type == "cuda":
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # warm up, as recording asks for
+                self.at.fill_(cache.length)
+                self.run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.run()
+            self.graph = graph
+
+    def fill(self, idx, attention_mask, cache):
+        """The position and mask of what the cache holds."""
+        start = cache.length
+        self.at.fill_(start)
+        self.seen.fill_(False)
+        if attention_mask is None:
+            self.seen[..., :start] = True
+            self.pos.fill_(start)
+        else:
+            real = attention_mask[:, :start].bool()
+            self.seen[..., :start] = real[:, None, None]
+            self.pos.copy_(real.sum(1, keepdim=True))
+
+
 @torch.no_grad()
-def prepare(model: GPT, quantize: str | None = None) -> GPT:
+def prepare(model: GPT, quantize: str | None = None, compile: bool = False) -> GPT:
     """Makes a model decode faster, in place; it can be neither trained nor saved afterwards.
 
-    quantize: None keeps every weight as it is and, on a CPU in float32, only changes their layout;
-    "int8" rounds the weights of all linear layers, the head included. ValueError for another.
+    quantize: None keeps every weight as it is and, on a CPU, only changes their layout; "int8"
+    rounds the weights of all linear layers, the head included. On a GPU one-token steps become a
+    CUDA graph, with `compile` of fused kernels, which takes half a minute. ValueError for another.
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r} is unknown: int8, or None for the weights as they are")
     weight = model.transformer.wte.weight
-    packs = weight.device.type == "cpu" and weight.dtype == torch.float32 \
-        and torch.backends.mkldnn.is_available()
-    if quantize is None and not packs:
-        return model
+    if weight.device.type == "cuda":
+        model.next_logits = GraphedStep(model, compile)
+    fast = {torch.float32: torch.backends.mkldnn.is_available,
+            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported}
+    packs = weight.device.type == "cpu" and fast.get(weight.dtype, lambda: False)()
     if quantize and weight.device.type != "cpu":
         raise ValueError("quantize=int8 is for CPUs; on a GPU --dtype=bfloat16 serves")
+    if quantize is None and not packs:
+        return model
     kind = Int8Linear if quantize else PackedLinear
     for block in model.transformer.h:
         for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"),
@@ -121,7 +203,7 @@ def beam_search(model: GPT, idx, max_new_tokens: int, num_beams: int, length_pen
     model.eval()
     window = idx[:, -block_size:]  # prefill each prompt once, then a row for each beam
     start = KVCache.for_model(model, B, min(block_size, window.size(1)))
-    logits = model.logits(model.hidden(window, cache=start)[:, -1]).repeat_interleave(num_beams, 0)
+    logits = model.next_logits(window, None, start).repeat_interleave(num_beams, 0)
     cache = KVCache.for_model(model, B * num_beams, min(block_size, end))
     cache.length = start.length
     cache.k[:, :, :, :start.length] = start.k.repeat_interleave(num_beams, 1)
@@ -153,6 +235,6 @@ def beam_search(model: GPT, idx, max_new_tokens: int, num_beams: int, length_pen
         if cache.length == block_size:  # the window moves on, as in GPT.stream
             cache.length = 0
             chunk = sequences[:, :, at + 1 - (block_size + 1) // 2:at + 1].flatten(0, 1)
-        logits = model.logits(model.hidden(chunk, cache=cache)[:, -1])
+        logits = model.next_logits(chunk, None, cache)
     model.train(was_training)
     return ended[:, 0, :lengths[:, 0].max()], ended_scores[:, 0]

@@ -73,6 +73,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
+        self.at = None  # (1,) where a step of fixed shape writes: see decode.GraphedStep
 
     @classmethod
     def for_model(cls, model, B: int, S: int):
@@ -82,6 +83,9 @@ class KVCache:
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """Stores k, v (B, nh, T, hs) behind what is there; returns all of them, (B, nh, S', hs)."""
+        if self.at is not None:
+            return (self.k[layer].index_copy_(2, self.at, k),
+                    self.v[layer].index_copy_(2, self.at, v))
         end = self.length + k.size(2)
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
@@ -225,6 +229,10 @@ class GPT(nn.Module):
             return self.logits(x), None
         return None, F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
 
+    def next_logits(self, idx, attention_mask, cache: KVCache):
+        """Logits (B, V) of the token that follows; the arguments are those of `hidden`."""
+        return self.logits(self.hidden(idx, attention_mask, cache)[:, -1])
+
     # ---- sampling ----
 
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
@@ -279,7 +287,7 @@ class GPT(nn.Module):
                         mask = mask[:, first:]
                     chunk = torch.cat(seen, dim=1)[:, first:]
                     seen, cache.length = [chunk], 0
-                logits = self.logits(self.hidden(chunk, mask, cache)[:, -1])
+                logits = self.next_logits(chunk, mask, cache)
                 if temperature > 0:
                     token = draw(logits.to(where), u[:, i, None], temperature, top_k, top_p)
                     token = token.to(idx.device)

@@ -1,6 +1,7 @@
 """Beams against transformers and exhaustive search; layouts and int8; the terminal."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from decode import Int8Linear, beam_search, prepare, stream_text
+from decode import GraphedStep, Int8Linear, beam_search, prepare, stream_text
 from model import GPT, GPTConfig, KVCache
 from test_model import ids, randomise, tiny, tiny_hf
 from tokenizer import open_tokenizer
@@ -70,6 +71,45 @@ def test_beams_past_the_context():
     assert (one == model.generate(x, 30, temperature=0)).all()
     alone = torch.cat([beam_search(model, row[None], 30, num_beams=3)[0] for row in x])
     assert (alone == sequences).all()
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler"))])
+@torch.inference_mode()
+def test_steps_of_fixed_shape_equal_the_others(compile):
+    """What a GPU records as a graph, run here without one."""
+    plain, model = tiny(block_size=24).double(), tiny(block_size=24).double()
+    randomise(plain)
+    model.load_state_dict(plain.state_dict())
+    model.next_logits = step = GraphedStep(model, compile)
+    left_padded = torch.ones(3, 7, dtype=torch.long)
+    left_padded[1, :4] = 0
+    left_padded[2, :6] = 0
+    seen = []
+    cases = [(ids(3, 7), left_padded), (ids(3, 7), None), (ids(2, 1), None)]
+    for x, mask in cases[:1] if compile else cases:
+        want, got = ([m.generate(x, 40, temperature=t, attention_mask=mask,  # the window moves twice
+                                 generator=torch.Generator().manual_seed(5)) for t in (0, 1)]
+                     for m in (plain, model))
+        assert all((a == b).all() for a, b in zip(want, got))
+        cache, other = (KVCache.for_model(plain, len(x), 20) for _ in range(2))
+        for chunk in (x, ids(len(x), 1), ids(len(x), 1)):
+            if mask is not None and chunk is not x:
+                mask = F.pad(mask, (0, 1), value=1)
+            seen.append((step(chunk, mask, cache) - plain.next_logits(chunk, mask, other)).abs().max())
+    assert max(seen) < 1e-10
+    if compile:
+        return
+    for a, b in zip(beam_search(plain, ids(2, 5), 30, 3), beam_search(model, ids(2, 5), 30, 3)):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 units")
+def test_bfloat16_weights_are_laid_out_too():
+    model, x = tiny().bfloat16(), ids()
+    logits = model(x)[0].float()
+    packed = prepare(model)(x)[0].float()
+    assert (packed - logits).abs().max() < 0.02 * logits.abs().max()
 
 
 def test_cache_reorder():
