@@ -1,12 +1,19 @@
-"""How fast this machine decodes and loads, beside transformers and nanoGPT, in turn in one run.
+"""How fast this machine trains, decodes and loads, beside transformers and nanoGPT, in turn.
 
-    python bench.py decode
+    python bench.py train --peer=../nanoGPT                # a training step of GPT-2 124M
+    python bench.py train --batch_size=1 --block_size=1024 --kinds float32 bfloat16
+    python bench.py race --dataset=ts --peer=../nanoGPT    # seconds to a validation loss
     python bench.py decode --new 64 256 --batch 1 8 --peer=../nanoGPT --repeats=5
     python bench.py load --preset=gpt2-xl
 """
 
+import contextlib
 import importlib.util
+import itertools
+import json
 import os
+import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,25 +22,42 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Device
+from common import Device, Metrics
 from configurator import run
+from data import Split, WindowOrder, data_folder
 from decode import prepare
 from model import GPT, PRESETS
+from optim import build_optimizer
 
+peer: str | None = None  # folder of a nanoGPT checkout
+repeats = 3  # of each measurement, in turn; the median counts
+device = "auto"  # cpu, cuda, cuda:1, mps
 preset = "gpt2"  # gpt2, gpt2-medium, gpt2-large or gpt2-xl, with random weights
+kinds = ["float32", "bfloat16", "int8"]  # decode: of our weights; train: of autocast (no int8)
+compile: bool | None = None  # train: torch.compile, None: on GPUs; decode: of a GPU's step, None: no
+# train
+batch_size = 4  # sequences of a step
+block_size = 256
+steps = 3  # measured in each repeat, after one that warms up
+optimizer = "adamw"  # ours: adamw or muon
+# race
+dataset: str | None = None  # data/NAME of prepare_text.py with characters; the peer has the same text
+target = 1.898  # loss over the whole validation split
+seeds = [1, 2, 3]
+race_config = "config/race.py"
+png = "race.png"  # loss against seconds
+# decode
 prompt = 16  # tokens of the prompt
 new = [64, 256, 960]  # tokens decoded behind it: a row for each
 batch = [1, 8, 64]  # prompts decoded together: a row for each
-kinds = ["float32", "bfloat16", "int8"]  # of our weights
-peer: str | None = None  # folder of a nanoGPT checkout
-repeats = 3  # of each measurement, in turn; the median counts
 max_seconds = 60.0  # what would take longer is left out, what would three times over runs once
-device = "auto"  # cpu, cuda, cuda:1, mps
-compile = False  # decode: also fuse the kernels of a GPU's one-token step
+
+HERE = Path(__file__).resolve().parent
 
 
 def matvec_rate(model, M: int) -> float:
@@ -108,7 +132,7 @@ def decoders(env) -> dict:
         model.load_state_dict(weights)
         model.to(env.device, torch.bfloat16 if kind == "bfloat16" else torch.float32).eval()
         if fast:
-            prepare(model, "int8" if kind == "int8" else None, compile)
+            prepare(model, "int8" if kind == "int8" else None, bool(compile))
         return lambda idx, n: model.generate(idx, n, temperature=0)
 
     widths = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -245,14 +269,222 @@ def load():
         print(f"{name:14}{seconds:9.2f}{peak:10,.0f}{peak / size:13.2f}")
 
 
-def main(command):
+# ---- training steps ----
+
+def matmul_rate(env) -> float:
+    """FLOP/s of a product of two 2048 x 2048 matrices in the dtype of env."""
+    a, b = (torch.randn(2048, 2048, device=env.device, dtype=env.dtype) for _ in range(2))
+    return 2 * 2048**3 / median_seconds(lambda: a @ b, 9)
+
+
+def trainee(who: str, env):
+    """(model, loss(x, y), optimizer) of ours, transformers or nanoGPT, as each one's users train."""
+    c = PRESETS[preset]
+    torch.manual_seed(0)
+    if who == "ours":
+        model = GPT(c).to(env.device)
+        update = build_optimizer(model, optimizer, 6e-4, 0.1, (0.9, 0.95))
+        net = torch.compile(model) if compile or compile is None and env.type == "cuda" else model
+        return model, lambda x, y: net(x, y)[1], update
+    sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+    if who == "nanoGPT":
+        module = load_peer()
+        model = module.GPT(module.GPTConfig(bias=True, vocab_size=c.vocab_size, **sizes))
+        model = model.to(env.device)
+        update = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), env.type)
+        net = torch.compile(model) if compile or compile is None and env.type == "cuda" else model
+        return model, lambda x, y: net(x, y)[1], update
+    import transformers
+    transformers.logging.set_verbosity_error()
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)).to(env.device).train()
+    update = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    # they shift the labels themselves: y behind the first token of x
+    return model, lambda x, y: model(x, labels=torch.cat([x[:, :1], y[:, :-1]], 1)).loss, update
+
+
+def measure_steps(who: str, kind: str):
+    """Runs training steps of one of them and prints their times, as JSON: `train` calls this in a
+    process of its own, so that its peak memory is its own too."""
+    env = Device(device, kind)
+    with contextlib.redirect_stdout(sys.stderr):
+        model, loss_of, update = trainee(who, env)
+    V, B, T = PRESETS[preset].vocab_size, batch_size, block_size
+    with tempfile.TemporaryDirectory() as folder:
+        np.random.default_rng(0).integers(V, size=2**20, dtype=np.uint16).tofile(f"{folder}/t.bin")
+        split = Split([f"{folder}/t.bin"], "<u2", V)
+        order = WindowOrder(split.tokens, T, 0)
+        parts = []
+        for step in range(steps + 1):
+            at = [time.perf_counter()]
+
+            def lap(at=at):
+                synchronize()
+                at.append(time.perf_counter())
+            ids = torch.from_numpy(split.rows(order(step * B, B), T + 1)).to(env.device)
+            lap()
+            with env.autocast():
+                loss = loss_of(ids[:, :-1], ids[:, 1:])
+            lap()
+            loss.backward()
+            lap()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            update.step()
+            update.zero_grad(set_to_none=True)
+            lap()
+            parts.append([b - a for a, b in itertools.pairwise(at)])
+    peak = torch.cuda.max_memory_allocated() / 1e9 if env.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps({"parts": parts[1:], "peak": peak}))
+
+
+def train_step():
+    if "int8" in kinds:
+        kinds.remove("int8")
+    names = ["ours", "transformers"] + ["nanoGPT"] * bool(peer)
+    if peer:
+        load_peer()
+    found = {(who, kind): [] for kind in kinds for who in names}
+    for _ in tqdm(range(repeats), desc="repeats", disable=None):
+        for (who, kind), measured in found.items():
+            words = [f"--{name}={value}" for name, value in (
+                ("peer", peer), ("device", device), ("preset", preset), ("compile", compile),
+                ("batch_size", batch_size), ("block_size", block_size), ("steps", steps),
+                ("optimizer", optimizer)) if value is not None]
+            out = subprocess.run([sys.executable, HERE / "bench.py", "step", who, kind, *words],
+                                 capture_output=True, text=True, check=False)
+            if out.returncode:
+                raise ValueError(f"{who} failed: {(out.stderr.strip() or '-').splitlines()[-1]}")
+            measured.append(json.loads(out.stdout))
+    model = GPT(PRESETS[preset])
+    env = Device(device, kinds[0])
+    print(f"{preset}, {env.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
+          f"steps of {batch_size} x {block_size} tokens, median of {repeats} x {steps}, in turn")
+    per_token = model.flops_per_token(block_size)
+    for kind in kinds:
+        rate = env.peak_flops() if env.type == "cuda" else None
+        rate = rate or matmul_rate(Device(device, kind))
+        print(f"\n{kind}; 1.00 of peak is {rate / 1e12:.3f} TFLOP/s"
+              f"\n{'':13}{'tok/s':>9}{'of peak':>9}{'peak GB':>9}{'data':>9}{'forward':>9}"
+              f"{'backward':>9}{'update':>9}{'x ours':>8}")
+        speed = {}
+        for who in names:
+            runs = [run for run in found[who, kind]]
+            parts = [statistics.median(column) for column in zip(
+                *(step for run in runs for step in run["parts"]))]
+            total = statistics.median(sum(step) for run in runs for step in run["parts"])
+            speed[who] = batch_size * block_size / total
+            peak = statistics.median(run["peak"] for run in runs)
+            print(f"{who:13}{speed[who]:9,.0f}{speed[who] * per_token / rate:9.2f}{peak:9.2f}"
+                  + "".join(f"{1e3 * part:7.1f}ms" for part in parts)
+                  + f"{speed[who] / speed['ours']:8.2f}")
+
+
+# ---- a race to a validation loss ----
+
+NANOGPT_RACE = """
+import runpy, sys, torch
+seed, start = int(sys.argv.pop(1)), torch.manual_seed
+torch.manual_seed = lambda s: start(s + seed)  # its own seed cannot be set
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def script(*words, cwd=HERE) -> str:
+    """Output of a Python command; ValueError with its last line if it fails."""
+    out = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True,
+                         check=False)
+    if out.returncode:
+        raise ValueError(f"{words[0]} failed: {(out.stderr.strip() or '-').splitlines()[-1]}")
+    return out.stdout
+
+
+def eval_loss(folder) -> float:
+    text = script("train.py", "--eval_only", f"--init_from={folder}", f"--dataset={dataset}",
+                  "--block_size=64", "--device=cpu")
+    return float(re.search(r"loss ([\d.]+)", text)[1])
+
+
+def race_nanogpt(seed: int, folder: Path):
+    """(seconds, loss) points of the README recipe's training loss, and its loss at the end over the
+    whole validation split. Seconds are those of its steps, without evaluation."""
+    text = script(
+        "-c", NANOGPT_RACE, seed, "config/train_shakespeare_char.py", "--device=cpu",
+        "--compile=False", "--eval_interval=2000", "--eval_iters=1", "--log_interval=1",
+        "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128",
+        "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
+        "--always_save_checkpoint=True", f"--out_dir={folder.resolve()}", cwd=peer)
+    steps = [(float(loss), float(ms) / 1e3) for loss, ms in
+             re.findall(r"iter \d+: loss ([\d.]+), time ([\d.]+)ms", text)]
+    usual = statistics.median(seconds for _, seconds in steps)
+    seconds = np.cumsum([min(s, usual) if i in (0, 2000) else s for i, (_, s) in enumerate(steps)])
+    script("convert.py", f"--input={folder}/ckpt.pt", f"--out={folder}/hf",
+           f"--tokenizer={Path(peer).resolve()}/data/shakespeare_char/meta.pkl")
+    return list(zip(seconds, (loss for loss, _ in steps))), eval_loss(folder / "hf")
+
+
+def race_ours(seed: int, folder: Path):
+    script("train.py", race_config, f"--dataset={dataset}", f"--seed={seed}", f"--out_dir={folder}",
+           "--device=cpu")
+    rows = Metrics.read(folder / "metrics.jsonl")
+    return [(row["elapsed_s"], row["train_loss"]) for row in rows], rows[-1]["val_loss"]
+
+
+def race():
+    if not peer or not dataset:
+        raise ValueError("a race needs --peer=FOLDER of a nanoGPT checkout with its "
+                         "data/shakespeare_char prepared, and --dataset=NAME of the same text")
+    sizes = [data_folder(dataset) / "val_00000.bin", Path(peer) / "data/shakespeare_char/val.bin"]
+    for file in sizes:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: prepare that data set first")
+    tokens = [file.stat().st_size // width for file, width in zip(sizes, (1, 2))]
+    if tokens[0] != tokens[1]:
+        raise ValueError(f"not the same text: {sizes[0]} has {tokens[0]} tokens, {sizes[1]} "
+                         f"{tokens[1]}")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4.2), dpi=110, layout="constrained")
+    print(f"loss over the whole validation split, target {target}; cpu, {torch.get_num_threads()} "
+          f"threads\nseed {'':8}seconds     loss  reached   ratio")
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in tqdm(seeds, desc="seeds", disable=None):
+            seconds = {}
+            for who, racer, colour in (("nanoGPT", race_nanogpt, "tab:orange"),
+                                       ("ours", race_ours, "tab:blue")):
+                points, loss = racer(seed, Path(folder) / f"{who}{seed}")
+                seconds[who] = points[-1][0]
+                x, y = np.array(points).T
+                width = max(1, len(y) // 50)
+                smooth = np.convolve(y, np.ones(width) / width, "valid")
+                ax.plot(x[width - 1:], smooth, color=colour, lw=0.8, alpha=0.7)
+                ax.plot(x[-1], loss, "o", color=colour, label=who if seed == seeds[0] else None)
+                ratio = f"{seconds['nanoGPT'] / seconds[who]:8.2f}"
+                print(f"{seed:4} {who:8}{seconds[who]:7.1f}{loss:9.4f}"
+                      f"{'yes' if loss <= target else 'no':>9}{ratio}", flush=True)
+            ratios.append(seconds["nanoGPT"] / seconds["ours"])
+    ax.axhline(target, color="gray", lw=0.8, ls="--")
+    ax.set(xlabel="seconds of training", ylabel="loss (nats a character)", ylim=(1.2, 3.2),
+           title="training loss (lines), whole validation split at the end (dots)")
+    ax.legend(frameon=False)
+    fig.savefig(png)
+    print(f"median ratio {statistics.median(ratios):.2f}; picture: {png}")
+
+
+def main(command, *words):
     warnings.simplefilter("ignore")
-    if repeats < 1 or prompt < 1:
-        raise ValueError(f"repeats and prompt must be at least 1, got {repeats} and {prompt}")
+    for name in ("repeats", "prompt", "batch_size", "block_size", "steps"):
+        if globals()[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {globals()[name]}")
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown: {', '.join(PRESETS)}")
-    {"decode": decode, "load": load}[command]()
+    if block_size > PRESETS[preset].block_size:
+        raise ValueError(f"block_size must be at most {PRESETS[preset].block_size}, got {block_size}")
+    {"train": train_step, "race": race, "decode": decode, "load": load,
+     "step": measure_steps}[command](*words)
 
 
 if __name__ == "__main__":
-    run(main, globals(), commands=("decode", "load"))
+    run(main, globals(), commands=("train", "race", "decode", "load", "step"), positionals=True)

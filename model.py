@@ -145,6 +145,43 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(x @ weight.T, targets) of x (N, C) and weight (V, C), for a CPU, where the
+    (N, V) logits, their softmax and gradient are most of the memory and none of the work: 256 rows
+    at a time, the gradient along with the loss. It can be run backward once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        real = targets != -100
+        count, loss = real.sum(), x.new_zeros(())
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        logits = x.new_empty(min(256, len(x)), len(weight))
+        logp = torch.empty_like(logits)
+        for i in range(0, len(x), 256):
+            rows, own = x[i:i + 256], real[i:i + 256]
+            p, logit = logp[:len(rows)], logits[:len(rows)]
+            torch.mm(rows, weight.t(), out=logit)
+            torch.log_softmax(logit, 1, out=p)
+            at = targets[i:i + 256].clamp(min=0)[:, None]
+            loss -= p.gather(1, at)[own].sum()
+            p.exp_().scatter_add_(1, at, p.new_full(at.shape, -1.0)).mul_((own / count)[:, None])
+            if dx is not None:
+                torch.mm(p, weight, out=dx[i:i + 256])
+            if dw is not None:
+                dw.addmm_(p.t(), rows)
+        ctx.gradients = [dx, dw]
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, scale):
+        gradients, ctx.gradients = ctx.gradients, []
+        for gradient in gradients:
+            if gradient is not None and scale != 1:
+                gradient.mul_(scale)
+        return *gradients, None
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -227,7 +264,15 @@ class GPT(nn.Module):
         x = self.hidden(idx, attention_mask, cache)
         if targets is None:
             return self.logits(x), None
-        return None, F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten())
+        x, targets = x.flatten(0, 1), targets.flatten()
+        V, head = self.config.vocab_size, getattr(self, "lm_head", self.transformer.wte)
+        if torch.is_grad_enabled():
+            if torch.compiler.is_compiling():  # to whole tiles; the slice is fused away
+                logits = F.linear(x, F.pad(head.weight, (0, 0, 0, -V % 64)))[:, :V]
+                return None, F.cross_entropy(logits, targets)
+            if len(x) * V > 2**24 and x.device.type == "cpu" and x.dtype == head.weight.dtype:
+                return None, LinearCrossEntropy.apply(x, head.weight, targets)
+        return None, F.cross_entropy(self.logits(x), targets)
 
     def next_logits(self, idx, attention_mask, cache: KVCache):
         """Logits (B, V) of the token that follows; the arguments are those of `hidden`."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model import GPT, PRESETS, GPTConfig, KVCache, draw
+from model import GPT, PRESETS, GPTConfig, KVCache, LinearCrossEntropy, draw
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -161,6 +161,37 @@ def test_no_bias_and_dropout_switches():
     x = ids()
     assert (model(x)[0] == model(x)[0]).all()
     assert (model.train()(x)[0] != model(x)[0]).any()
+
+
+@pytest.mark.parametrize("rows", [1, 256, 700])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_chunked_cross_entropy_is_cross_entropy(rows, frozen):
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 24, dtype=torch.float64) for n in (rows, 33))
+    targets = torch.randint(33, (rows,))
+    targets[rows // 3::5] = -100 if rows > 1 else targets[0]
+    found = []
+    for loss in (lambda x, w: F.cross_entropy(x @ w.T, targets),
+                 lambda x, w: LinearCrossEntropy.apply(x, w, targets)):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        value = loss(*leaves)
+        (3 * value).backward()
+        found.append([value, leaves[0].grad, *[leaves[1].grad] * (not frozen)])
+    for a, b in zip(*found):
+        assert (a - b).abs().max() < 1e-12
+
+
+def test_loss_of_a_large_vocabulary_takes_the_chunked_way(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)).double()
+    x = torch.randint(50257, (6, 65))
+    y, plain, calls = x[:, 1:].flatten(), F.cross_entropy, []
+    monkeypatch.setattr(F, "cross_entropy", lambda *a: calls.append(a) or plain(*a))
+    losses = model(x[:, :-1], x[:, 1:])[1], plain(model(x[:, :-1])[0].flatten(0, 1), y)
+    assert not calls
+    theirs, ours = (torch.autograd.grad(loss, [*model.parameters()]) for loss in losses)
+    assert abs(losses[0] - losses[1]) < 1e-12
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs))
 
 
 # ---- the cache and sampling ----
