@@ -1,8 +1,9 @@
-# make run: the quick start. make test: everything the tests need, then the tests.
+# make run: the quick start. make test: everything the tests need, then the tests. make faults: what
+# kills, full disks and damaged files do to a run, some minutes.
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: run test clean
+.PHONY: run test faults clean
 
 run: .venv/installed
 	@test -f data/shakespeare/meta.json || $(PY) prepare_text.py
@@ -12,6 +13,9 @@ run: .venv/installed
 test: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
+
+faults: .venv/installed-dev
+	$(PY) test_faults.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taleGPT needs Python 3.11 or newer, this is " + sys.version.split()[0])'

@@ -2,6 +2,7 @@
 
     python bench.py train --peer=../nanoGPT                # a training step of GPT-2 124M
     python bench.py train --batch_size=1 --block_size=1024 --kinds float32 bfloat16
+    python bench.py growth                                 # a step's time against T, B, layers, V
     python bench.py race --dataset=ts --peer=../nanoGPT    # seconds to a validation loss
     python bench.py decode --new 64 256 --batch 1 8 --peer=../nanoGPT --repeats=5
     python bench.py load --preset=gpt2-xl
@@ -27,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Device, Metrics
+from common import Device, Metrics, keep_freed_memory
 from configurator import run
 from data import Split, WindowOrder, data_folder
 from decode import prepare
-from model import GPT, PRESETS
+from model import GPT, PRESETS, GPTConfig
 from optim import build_optimizer
 
 peer: str | None = None  # folder of a nanoGPT checkout
@@ -58,6 +59,7 @@ batch = [1, 8, 64]  # prompts decoded together: a row for each
 max_seconds = 60.0  # what would take longer is left out, what would three times over runs once
 
 HERE = Path(__file__).resolve().parent
+COMMANDS = "train", "growth", "race", "decode", "load", "step"
 
 
 def matvec_rate(model, M: int) -> float:
@@ -96,12 +98,12 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def resident_mb() -> float:
-    """Resident memory of this process in MB; of the GPU where one is used."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated() / 1e6
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def weights_mb(model) -> float:
+    """MB of all tensors that a model holds, whatever their layout; shared ones count once."""
+    held = {id(t): t.numel() * t.element_size() for module in model.modules()
+            for t in (*vars(module).values(), *module._parameters.values(),
+                      *module._buffers.values()) if isinstance(t, torch.Tensor)}
+    return sum(held.values()) / 1e6
 
 
 def load_peer():
@@ -117,15 +119,14 @@ def load_peer():
 
 
 def decoders(env) -> dict:
-    """{name: (function(idx, n) that decodes n tokens greedily, bytes of a weight, MB it added)};
+    """{name: (function(idx, n) that decodes n tokens greedily, bytes of a weight, MB of weights)};
     all of ours start from the same weights."""
     torch.manual_seed(0)
     config, found = PRESETS[preset], {}
     weights = GPT(config).state_dict()
 
-    def add(name, width, build):
-        before = resident_mb()
-        found[name] = build(), width, resident_mb() - before
+    def add(name, width, model, work):
+        found[name] = work, width, weights_mb(model)
 
     def ours(kind, fast=True):
         model = GPT(config)
@@ -133,36 +134,30 @@ def decoders(env) -> dict:
         model.to(env.device, torch.bfloat16 if kind == "bfloat16" else torch.float32).eval()
         if fast:
             prepare(model, "int8" if kind == "int8" else None, bool(compile))
-        return lambda idx, n: model.generate(idx, n, temperature=0)
+        return model, lambda idx, n: model.generate(idx, n, temperature=0)
 
     widths = {"float32": 4, "bfloat16": 2, "int8": 1}
     for kind in kinds:
         if kind not in widths:
             raise ValueError(f"kinds: {kind!r} is unknown: {', '.join(widths)}")
-        add(f"ours {kind}", widths[kind], lambda kind=kind: ours(kind))
-    add("ours, unprepared", 4, lambda: ours("float32", fast=False))
+        add(f"ours {kind}", widths[kind], *ours(kind))
+    add("ours, unprepared", 4, *ours("float32", fast=False))
     try:
         import transformers
         transformers.logging.set_verbosity_error()
-
-        def theirs():
-            hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-                n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)).to(env.device)
-            return lambda idx, n: hf.eval().generate(
-                idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, min_new_tokens=n,
-                do_sample=False, pad_token_id=0)
-        add("transformers", 4, theirs)
+        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)).to(env.device)
+        add("transformers", 4, hf, lambda idx, n: hf.eval().generate(
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, min_new_tokens=n,
+            do_sample=False, pad_token_id=0))
     except ImportError:
         print("transformers is not installed: no row for it (pip install transformers)")
     if peer:
         module = load_peer()
-
-        def nano():
-            model = module.GPT(module.GPTConfig(
-                n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, bias=True,
-                vocab_size=config.vocab_size)).to(env.device).eval()
-            return lambda idx, n: model.generate(idx, n, top_k=1)
-        add("nanoGPT", 4, nano)
+        nano = module.GPT(module.GPTConfig(
+            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, bias=True,
+            vocab_size=config.vocab_size)).to(env.device).eval()
+        add("nanoGPT", 4, nano, lambda idx, n: nano.generate(idx, n, top_k=1))
     return found
 
 
@@ -307,6 +302,8 @@ def measure_steps(who: str, kind: str):
     """Runs training steps of one of them and prints their times, as JSON: `train` calls this in a
     process of its own, so that its peak memory is its own too."""
     env = Device(device, kind)
+    if who == "ours" and env.type == "cpu":
+        keep_freed_memory()  # as train.py does; the others are measured as they are used
     with contextlib.redirect_stdout(sys.stderr):
         model, loss_of, update = trainee(who, env)
     V, B, T = PRESETS[preset].vocab_size, batch_size, block_size
@@ -324,7 +321,7 @@ def measure_steps(who: str, kind: str):
             ids = torch.from_numpy(split.rows(order(step * B, B), T + 1)).to(env.device)
             lap()
             with env.autocast():
-                loss = loss_of(ids[:, :-1], ids[:, 1:])
+                loss = loss_of(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
             lap()
             loss.backward()
             lap()
@@ -378,6 +375,40 @@ def train_step():
             print(f"{who:13}{speed[who]:9,.0f}{speed[who] * per_token / rate:9.2f}{peak:9.2f}"
                   + "".join(f"{1e3 * part:7.1f}ms" for part in parts)
                   + f"{speed[who] / speed['ours']:8.2f}")
+
+
+def growth():
+    """Step time of a small network as one size at a time grows."""
+    env = Device(device, kinds[0])
+    if env.type == "cpu":
+        keep_freed_memory()
+    rate = matmul_rate(env)
+    base = {"T": 256, "B": 8, "layers": 4, "vocabulary": 4096, "width": 192}
+    print(f"{env.name()}, {torch.get_num_threads()} threads, {kinds[0]}, 1.00 of peak is "
+          f"{rate / 1e12:.3f} TFLOP/s; else {base}\n{'':11}{'':>8}{'ms a step':>11}{'tok/s':>9}"
+          f"{'of peak':>9}")
+    for name, values in (("T", (64, 128, 256, 512, 1024)), ("B", (1, 2, 4, 8, 16, 32)),
+                         ("layers", (2, 4, 8, 16)), ("vocabulary", (256, 4096, 16384, 50257)),
+                         ("width", (96, 192, 384, 768))):
+        for value in values:
+            size = base | {name: value}
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(size["T"], size["vocabulary"], size["layers"], size["width"] // 32,
+                                  size["width"])).to(env.device)
+            update = build_optimizer(model, optimizer, 6e-4, 0.1, (0.9, 0.95))
+            x = torch.randint(size["vocabulary"], (size["B"], size["T"]), device=env.device)
+
+            def step(model=model, update=update, x=x):
+                with env.autocast():
+                    loss = model(x, x)[1]
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                update.step()
+                update.zero_grad(set_to_none=True)
+            seconds = median_seconds(step, 5 * repeats)
+            speed = x.numel() / seconds
+            print(f"{name:11}{value:8,}{1e3 * seconds:11.1f}{speed:9,.0f}"
+                  f"{speed * model.flops_per_token(size['T']) / rate:9.2f}", flush=True)
 
 
 # ---- a race to a validation loss ----
@@ -475,6 +506,10 @@ def race():
 
 def main(command, *words):
     warnings.simplefilter("ignore")
+    if command == "step" and len(words) != 2:
+        raise ValueError("step WHO KIND is what bench.py train runs")
+    if command != "step" and words:
+        raise ValueError(f"unexpected word {words[0]!r}; a setting is written --key=value")
     for name in ("repeats", "prompt", "batch_size", "block_size", "steps"):
         if globals()[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {globals()[name]}")
@@ -482,9 +517,9 @@ def main(command, *words):
         raise ValueError(f"preset={preset!r} is unknown: {', '.join(PRESETS)}")
     if block_size > PRESETS[preset].block_size:
         raise ValueError(f"block_size must be at most {PRESETS[preset].block_size}, got {block_size}")
-    {"train": train_step, "race": race, "decode": decode, "load": load,
+    {"train": train_step, "growth": growth, "race": race, "decode": decode, "load": load,
      "step": measure_steps}[command](*words)
 
 
 if __name__ == "__main__":
-    run(main, globals(), commands=("train", "race", "decode", "load", "step"), positionals=True)
+    run(main, globals(), commands=COMMANDS, positionals=True)

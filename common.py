@@ -1,5 +1,6 @@
 """What several scripts need: devices and ranks, schedules, checkpoints, the metrics of a run."""
 
+import ctypes
 import json
 import math
 import os
@@ -9,13 +10,14 @@ import shutil
 import signal
 import sys
 import warnings
-from contextlib import nullcontext
+import zipfile
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from data import replacing
+from data import naming, replacing
 from model import GPT, hub_file, load_torch
 
 # Dense bfloat16 peak of chips in FLOP/s, from the makers' data sheets, by a part of the name that
@@ -102,6 +104,15 @@ class Device:
             dist.destroy_process_group()
 
 
+def keep_freed_memory():
+    """Makes malloc keep what is freed, for training on a CPU. glibc gives large blocks back at once,
+    and waiting for new pages takes a quarter of a step of GPT-2 124M."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for what is large
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def lr_scale(schedule: str, step: int, max_steps: int, warmup_steps: int, min_scale: float = 0.0,
              decay_fraction: float = 0.2) -> float:
     """Fraction of the peak learning rate for update `step`, counted from 0.
@@ -170,13 +181,141 @@ class StopSignal:
 
 # ---- a run's folder ----
 
-def save_checkpoint(path, checkpoint: dict):
-    """torch.save of tensors and plain values, whole or not at all; OSError when it cannot."""
+# What a checkpoint of train.py must hold, before anything in it is used.
+CHECKPOINT = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict,
+              "step": int, "tokens": int, "windows": int, "elapsed_s": float, "best_loss": float,
+              "tokenizer": str}
+
+
+@contextmanager
+def locked(folder: Path, env: Device):
+    """Keeps a run's folder for this run, by a lock that rank 0 holds and the system frees when the
+    process is gone, however it ends. ValueError, on every rank, where another process has it."""
+    from filelock import FileLock, Timeout
+    lock, fault = FileLock(folder / ".lock", blocking=False), None
+    if env.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            fault = ValueError(f"another run is using {folder}; wait for it to end, or give another "
+                               "--out_dir")
+        except OSError as e:
+            fault = OSError(f"cannot write into {folder}: {e.strerror or e}")
+    if env.sum(fault is not None)[0]:
+        raise fault or ValueError(f"rank 0 cannot use {folder}")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run's folder, the newest first: ckpt.pt, then ckpt-STEP.pt."""
+    older = {int(match[1]): path for path in out_dir.glob("ckpt-*.pt")
+             if (match := re.fullmatch(r"ckpt-(\d+)\.pt", path.name))}
+    newest = out_dir / "ckpt.pt"
+    return [newest] * newest.is_file() + [older[step] for step in sorted(older, reverse=True)]
+
+
+def save_checkpoint(path, checkpoint: dict, keep: int = 1, last_step: int | None = None):
+    """torch.save of tensors and plain values, whole or not at all; OSError when it cannot. Of what
+    was there before, saved at last_step, keep - 1 stay as ckpt-STEP.pt."""
+    path = Path(path)
     with replacing(path) as tmp:
+        tmp.touch()  # so that a folder that cannot be written says so in the system's words
         try:
             torch.save(checkpoint, tmp)
         except RuntimeError as e:  # torch's word for a disk that is full
             raise OSError(str(e).splitlines()[0] + ": is the disk full?") from None
+        if keep > 1 and last_step is not None and path.is_file():
+            older = path.with_name(f"ckpt-{last_step}.pt")
+            older.unlink(missing_ok=True)
+            try:
+                os.link(path, older)  # so that there is a ckpt.pt at every moment
+            except OSError:  # a file system without links
+                os.replace(path, older)
+    for old in checkpoints(path.parent)[keep:]:
+        old.unlink()
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint of train.py whose every byte agrees with the CRC-32s in the file, which
+    torch.load does not ask; ValueError in one line for one that is damaged or of another kind."""
+    try:
+        with naming(path), zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except OSError:
+        raise
+    except Exception as e:  # noqa: BLE001 (a damaged archive can raise anything)
+        what = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged: {what}") from None
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged!r} in it has another checksum")
+    checkpoint = load_torch(path)
+    for name, kind in CHECKPOINT.items():
+        value = checkpoint.get(name)
+        if not isinstance(value, kind) or kind is int and (value is True or value < 0):
+            raise ValueError(f"{path} was not written by train.py (its {name} is "
+                             f"{type(value).__name__}); convert.py reads nanoGPT's")
+    return checkpoint
+
+
+def newest_checkpoint(out_dir: Path):
+    """(path, checkpoint, faults) of the newest whole checkpoint in a run's folder; faults: one line
+    for each newer one. (None, None, []) where there is none and never was. ValueError where none is
+    left that is whole: to begin anew must be asked for."""
+    found, faults = checkpoints(out_dir), []
+    for path in found:
+        try:
+            return path, read_checkpoint(path), faults
+        except (ValueError, OSError) as e:
+            faults.append(str(e))
+    if found:
+        more = f"; nor is any of the {len(found) - 1} older ones whole" if len(found) > 1 else ""
+        raise ValueError(f"{faults[0]}{more}; bring one back, or begin anew with "
+                         "--init_from=scratch")
+    rows = Metrics.read(out_dir / "metrics.jsonl")
+    if any("val_loss" in row for row in rows[:-1]):  # a checkpoint is written behind each of these
+        raise ValueError(f"{out_dir} holds a run of {rows[-1]['step']} steps but no checkpoint; "
+                         "bring its ckpt.pt back, or begin anew with --init_from=scratch")
+    return None, None, []
+
+
+@contextmanager
+def fitting(path):
+    """What torch raises for a checkpoint whose parts do not fit each other, as one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        what = (str(e).splitlines() or [""])[0][:200]
+        raise ValueError(f"the parts of {path} do not fit each other ({what}): it is damaged, or "
+                         "was not written by train.py") from None
+
+
+def restore(update, saved: dict):
+    """Loads an optimizer's state, but not its settings, which are today's; ValueError where it is
+    not the state of these parameters."""
+    for old, new in zip(saved["param_groups"], update.param_groups):
+        old |= {key: value for key, value in new.items() if key != "params"}
+    update.load_state_dict(saved)
+    for group in update.param_groups:
+        for p in group["params"]:
+            tensors = {k: v for k, v in update.state[p].items() if isinstance(v, torch.Tensor)}
+            if not tensors or any(t.shape not in ((), p.shape) for t in tensors.values()):
+                raise ValueError("the state of its optimizer is of other parameters")
+            for key, tensor in tensors.items():  # else the file stays mapped, and on disk, for good
+                update.state[p][key] = tensor.clone()
+
+
+def clear_up(out_dir: Path, checkpoint: Path | None):
+    """Removes what a killed run left half written, and puts newer checkpoints than the one that is
+    resumed, which are damaged, out of the way."""
+    for tmp in [*out_dir.glob("*.tmp"), *out_dir.glob("best/*.tmp")]:
+        tmp.unlink()
+    found = checkpoints(out_dir)
+    for path in found[:found.index(checkpoint)] if checkpoint else []:
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
 
 
 def save_best(out_dir: Path, model, tokenizer):
@@ -200,28 +339,32 @@ class Metrics:
         """Starts an empty file or, given the step that a run resumes from, drops the later rows."""
         self.path, self.png = out_dir / "metrics.jsonl", out_dir / "loss.png"
         self.rows = []
-        if resume_step is not None and self.path.exists():
+        if resume_step is not None:
             self.rows = [row for row in self.read(self.path) if row["step"] <= resume_step]
         with replacing(self.path) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
 
     @staticmethod
     def read(path) -> list[dict]:
-        """The rows of a metrics file; one that a crash cut short is left out."""
-        rows = []
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
+        """The rows of a metrics file, if there is one; what a crash cut short is left out."""
+        rows, path = [], Path(path)
+        lines = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in lines.splitlines():
+            with suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return rows
+        return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
 
     def log(self, **row):
         row = {key: float(f"{v:.7g}") if isinstance(v, float) else v for key, v in row.items()
                if v is not None and math.isfinite(v)}
         self.rows.append(row)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+    def sync(self):
+        """Flushes the rows to disk, where they must be before the checkpoint that follows them."""
+        with naming(self.path), open(self.path, "rb+") as file:
+            os.fsync(file.fileno())
 
     def sketch(self, width: int = 72, height: int = 9) -> str:
         """The training loss as a curve of characters, for the terminal."""
@@ -267,15 +410,18 @@ class Metrics:
 
 
 def set_aside(out_dir: Path):
-    """Moves the run that a folder holds into OUT/previous, in place of what that held."""
-    if not (out_dir / "ckpt.pt").is_file():
+    """Moves the run that a folder holds into OUT/previous, in place of what that held. Killed in
+    between, it goes on where it was; the newest checkpoint moves in one step."""
+    moving, previous = out_dir / "previous.tmp", out_dir / "previous"
+    found = checkpoints(out_dir)
+    if not found and not moving.is_dir():
         return
-    previous = out_dir / "previous"
-    shutil.rmtree(previous, ignore_errors=True)
-    previous.mkdir()
-    for name in ("metrics.jsonl", "loss.png", "best", "ckpt.pt"):
+    moving.mkdir(exist_ok=True)
+    for name in [*(path.name for path in reversed(found)), "metrics.jsonl", "loss.png", "best"]:
         if (out_dir / name).exists():
-            os.replace(out_dir / name, previous / name)
+            os.replace(out_dir / name, moving / name)
+    shutil.rmtree(previous, ignore_errors=True)
+    os.replace(moving, previous)
 
 
 def start_id(tokenizer) -> int:

@@ -22,6 +22,7 @@ import sys
 import textwrap
 import tokenize
 import traceback
+from contextlib import suppress
 from types import ModuleType
 
 HERE = os.path.dirname(os.path.realpath(__file__))
@@ -108,7 +109,8 @@ def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None
         if isinstance(e, BrokenPipeError):  # output piped to head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)  # 128 + SIGPIPE, as the shell's own tools
-        print(f"{rank}error: {error(str(e) or type(e).__name__)}", file=sys.stderr)
+        with suppress(OSError):  # a log on the disk that is full
+            print(f"{rank}error: {error(str(e) or type(e).__name__)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -11,14 +11,17 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import time
 import zlib
+from bisect import bisect_right
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -47,7 +50,25 @@ def replacing(path):
         raise OSError(f"cannot write {path}: {e.strerror or e}; what was there before is untouched"
                       ) from e
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system says so even where there is no such file
+            tmp.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the new name, too, outlives a loss of power
+        with suppress(OSError):  # a few file systems cannot
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@contextmanager
+def naming(path):
+    """Gives the name of a file to an OSError of reading or writing it, which comes without."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
 
 
 # ---- documents ----
@@ -135,9 +156,10 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = SHARD_TOK
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", blocking=False):
-            remove(folder.glob("*.part"))  # of a killed call
-            meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
-                    "eos_id": tokenizer.eos_id, "dtype": tokenizer.dtype.name, "splits": {}}
+            remove([*folder.glob("*.part"), *folder.glob("*.tmp")])  # of a killed call
+            meta = {"tokenizer": tokenizer.name, "tokenizer_sha256": digest(tokenizer.to_json()),
+                    "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id,
+                    "dtype": tokenizer.dtype.name, "splits": {}}
             try:
                 for split, documents in splits.items():
                     meta["splits"][split] = _write_split(folder, split, documents, tokenizer,
@@ -151,11 +173,17 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = SHARD_TOK
                 os.replace(part, part.with_suffix(""))
             with replacing(folder / "tokenizer.json") as tmp:
                 tmp.write_text(tokenizer.to_json(), encoding="utf-8")
+            meta["sha256"] = digest(meta)
             with replacing(folder / "meta.json") as tmp:
                 tmp.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             return meta
     except Timeout:
         raise ValueError(f"another process is preparing {folder}; wait for it to end") from None
+
+
+def digest(value) -> str:
+    """sha256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def remove(files):
@@ -167,7 +195,7 @@ def _write_split(folder, split, documents, tokenizer, shard_tokens):
     from tqdm import tqdm
     end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], tokenizer.dtype)
     info = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
-    start, file, digest, filled = time.perf_counter(), None, None, 0
+    start, file, sha256, filled = time.perf_counter(), None, None, 0
 
     def encode(texts):
         ids = [part for text in texts for part in (tokenizer.encode(text), end)]
@@ -175,15 +203,17 @@ def _write_split(folder, split, documents, tokenizer, shard_tokens):
         return len(texts), size, np.concatenate(ids).astype(tokenizer.dtype, copy=False)
 
     def close():
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+        with naming(file.name):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         info["shards"].append({"file": Path(file.name).stem, "tokens": filled,
-                               "sha256": digest.hexdigest()})
+                               "sha256": sha256.hexdigest()})
 
     workers = os.cpu_count()
-    bar = tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=0.5)
-    with ThreadPoolExecutor(workers) as pool:  # the encoders release the interpreter's lock
+    # the encoders release the interpreter's lock
+    with (tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=0.5) as bar,
+          ThreadPoolExecutor(workers) as pool):
         pending, documents = deque(), iter(documents)
         while True:
             while len(pending) < 3 * workers and (batch := list(islice(documents, 512))):
@@ -198,17 +228,17 @@ def _write_split(folder, split, documents, tokenizer, shard_tokens):
             while len(ids):
                 if file is None:
                     path = folder / f"{split}_{len(info['shards']):05d}.bin.part"
-                    file, digest, filled = path.open("wb"), hashlib.sha256(), 0
+                    file, sha256, filled = path.open("wb"), hashlib.sha256(), 0
                 part, ids = np.split(ids, [shard_tokens - filled])
-                file.write(part.tobytes())
-                digest.update(part.tobytes())
+                with naming(path):
+                    file.write(part.tobytes())
+                sha256.update(part.tobytes())
                 filled += len(part)
                 if filled == shard_tokens:
                     close()
                     file = None
     if file is not None:
         close()
-    bar.close()
     if not info["tokens"]:
         raise ValueError(f"the {split} split is empty: no documents were found")
     info["seconds"] = round(time.perf_counter() - start, 2)
@@ -228,31 +258,49 @@ def describe(meta: dict) -> str:
 # ---- reading ----
 
 class Split:
-    """The tokens of one split as one stream over memory-mapped shards."""
+    """The tokens of one split as one stream over its shards. They are read, not mapped: pages of a
+    map would stay in the process, and a file cut under it would end the process without a word.
+    The files stay open, so that a prepare in the middle of a run does not change its data."""
 
     def __init__(self, files: list, dtype, vocab_size: int, num_bytes: int | None = None):
         self.files, self.vocab_size, self.bytes = files, vocab_size, num_bytes
-        self.shards = [np.memmap(file, dtype, "r") for file in files]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.tokens = int(self.ends[-1])
+        self.dtype, self.lock = np.dtype(dtype), Lock()
+        self.opened = [open(file, "rb") for file in files]  # noqa: SIM115 (closed with the split)
+        size = self.dtype.itemsize
+        self.ends = list(accumulate(os.fstat(f.fileno()).st_size // size for f in self.opened))
+        self.tokens = self.ends[-1]
+
+    def read(self, at: int, count: int) -> np.ndarray:
+        """At most `count` tokens of the stream from offset `at`, as far as their shard goes."""
+        shard = bisect_right(self.ends, at)
+        begin, size = self.ends[shard - 1] if shard else 0, self.dtype.itemsize
+        count = min(count, self.ends[shard] - at)
+        try:
+            self.opened[shard].seek((at - begin) * size)
+            raw = self.opened[shard].read(count * size)
+        except OSError as e:
+            raise OSError(f"cannot read {self.files[shard]}: {e.strerror or e}") from e
+        if len(raw) < count * size:
+            raise ValueError(f"{self.files[shard]} was cut while it was in use; prepare it again")
+        return np.frombuffer(raw, self.dtype)
 
     def rows(self, starts, length: int) -> np.ndarray:
         """(B, length) int64 ids from the B offsets `starts`; ValueError for an id past the
         vocabulary, naming its file."""
         out = np.empty((len(starts), length), np.int64)
-        for row, start in zip(out, starts):
-            filled, shard = 0, int(np.searchsorted(self.ends, start, side="right"))
-            while filled < length:  # a window may cross into the next shard
-                offset = int(start) + filled - int(self.ends[shard] - len(self.shards[shard]))
-                part = self.shards[shard][offset:offset + length - filled]
-                row[filled:filled + len(part)] = part
-                filled, shard = filled + len(part), shard + 1
+        with self.lock:  # a file has one position for all threads
+            for row, start in zip(out, starts):
+                filled = 0
+                while filled < length:  # a window may cross into the next shard
+                    part = self.read(int(start) + filled, length - filled)
+                    row[filled:filled + len(part)] = part
+                    filled += len(part)
         if out.max() >= self.vocab_size:
             row, column = np.argwhere(out >= self.vocab_size)[0]
             at = int(starts[row] + column)
-            shard = int(np.searchsorted(self.ends, at, side="right"))
-            raise ValueError(f"{self.files[shard]}: token id {out[row, column]} at token {at} of the "
-                             f"split is past the vocabulary of {self.vocab_size}; prepare it again")
+            raise ValueError(f"{self.files[bisect_right(self.ends, at)]}: token id {out[row, column]} "
+                             f"at token {at} of the split is past the vocabulary of "
+                             f"{self.vocab_size}; prepare it again")
         return out
 
 
@@ -265,7 +313,8 @@ class Data:
 
     def __init__(self, name: str, verify: bool = False):
         self.folder = folder = data_folder(name)
-        again = f"python {PREPARE.get(name, f'prepare_text.py --name={name} --input=FILES')}"
+        again = self.again = (
+            f"python {PREPARE.get(name, f'prepare_text.py --name={name} --input=FILES')}")
         if not (folder / "meta.json").is_file():
             old = [folder / f"{split}.bin" for split in ("train", "val")]
             if not all(file.is_file() for file in old):
@@ -279,27 +328,30 @@ class Data:
             return
         try:
             self.meta = meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            self.vocab_size, self.eos_id = int(meta["vocab_size"]), meta["eos_id"]
+            if meta.pop("sha256", None) not in (None, digest(meta)):
+                raise ValueError("its content changed")
+            self.vocab_size, self.eos_id = whole(meta["vocab_size"], 1), meta["eos_id"]
             dtype = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2")}[meta["dtype"]]
-            if not 0 < self.vocab_size <= 256 ** dtype.itemsize:
+            if self.vocab_size > 256 ** dtype.itemsize:
                 raise ValueError(f"vocab_size {self.vocab_size} does not fit {meta['dtype']}")
-            if not (self.eos_id is None or 0 <= int(self.eos_id) < self.vocab_size):
-                raise ValueError(f"eos_id {self.eos_id} is not in a vocabulary of {self.vocab_size}")
+            if not (self.eos_id is None or whole(self.eos_id) < self.vocab_size):
+                raise ValueError(f"eos_id {self.eos_id} is not in a vocabulary of "
+                                 f"{self.vocab_size}")
             for split in ("train", "val"):
                 info, files = meta["splits"][split], []
                 for shard in info["shards"]:
-                    file = folder / shard["file"]
-                    if Path(shard["file"]).name != shard["file"]:
-                        raise ValueError(f"{shard['file']!r} is outside the folder")
-                    self._check(file, int(shard["tokens"]) * dtype.itemsize,
+                    if not re.fullmatch(r"\w[\w.-]{,99}", shard["file"]):
+                        raise ValueError(f"{shard['file']!r:.99} is no file name, or outside the "
+                                         "folder")
+                    self._check(folder / shard["file"], whole(shard["tokens"]) * dtype.itemsize,
                                 shard["sha256"] if verify else None, again)
-                    files.append(file)
-                setattr(self, split, Split(files, dtype, self.vocab_size, int(info["bytes"])))
+                    files.append(folder / shard["file"])
+                setattr(self, split, Split(files, dtype, self.vocab_size, whole(info["bytes"])))
         except Damaged as e:
             raise ValueError(str(e)) from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-            raise ValueError(f"{folder / 'meta.json'} is damaged ({type(e).__name__}: {e}); "
-                             f"run again: {again}") from None
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
+            raise ValueError(f"{folder / 'meta.json'} is damaged ({type(e).__name__}: "
+                             f"{str(e)[:200]}); run again: {again}") from None
 
     @staticmethod
     def _check(file, size, sha256, again):
@@ -316,8 +368,30 @@ class Data:
                               f"its content changed; run again: {again}")
 
     def tokenizer(self):
+        """The Tokenizer that made the shards; ValueError where the folder has another."""
         from tokenizer import open_tokenizer
-        return open_tokenizer("gpt2" if self.meta is None else self.folder)
+        if self.meta is None:
+            return open_tokenizer("gpt2")
+        tokenizer = open_tokenizer(self.folder)
+        known = self.meta.get("tokenizer_sha256")
+        if ((tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id)
+                or known not in (None, digest(tokenizer.to_json()))):
+            raise ValueError(f"{self.folder / 'tokenizer.json'} is not the tokenizer that made the "
+                             f"shards: it was changed; run again: {self.again}")
+        return tokenizer
+
+    def fingerprint(self) -> str:
+        """The same for the same tokens in the same shards: sizes, and checksums where known."""
+        shards = self.meta and [shard.get("sha256") for split in ("train", "val")
+                                for shard in self.meta["splits"][split]["shards"]]
+        return digest([self.train.tokens, self.val.tokens, shards])
+
+
+def whole(value, least: int = 0) -> int:
+    """The value, if it is an int and not too small; ValueError otherwise."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"{str(value)[:50]!r} is no whole number of at least {least}")
+    return value
 
 
 class Damaged(Exception):

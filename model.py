@@ -165,7 +165,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.log_softmax(logit, 1, out=p)
             at = targets[i:i + 256].clamp(min=0)[:, None]
             loss -= p.gather(1, at)[own].sum()
-            p.exp_().scatter_add_(1, at, p.new_full(at.shape, -1.0)).mul_((own / count)[:, None])
+            p.exp_().scatter_add_(1, at, p.new_full(at.shape, -1.0))
+            p.mul_(own.to(p)[:, None] / count)
             if dx is not None:
                 torch.mm(p, weight, out=dx[i:i + 256])
             if dw is not None:

@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import json
 import lzma
+import math
+import os
 import threading
 
 import numpy as np
@@ -153,11 +155,14 @@ def test_damaged_shards_are_named(tmp_path):
 
 @pytest.mark.parametrize("change", [
     {"dtype": "float64"}, {"vocab_size": -1}, {"vocab_size": 10**30}, {"vocab_size": "many"},
-    {"eos_id": 999}, {"splits": {}}, {"splits": {"train": 3, "val": 4}}, {"splits": None},
+    {"vocab_size": "256"}, {"vocab_size": 256.0}, {"vocab_size": math.inf}, {"eos_id": "255"},
+    {"dtype": ["uint8"]}, {"sha256": "0"}, {"eos_id": 999}, {"splits": {}}, {"splits": {"train": 3, "val": 4}}, {"splits": None},
     {"splits": {"train": {"bytes": 1, "shards": []}, "val": {"bytes": 1, "shards": []}}}])
 def test_hostile_meta(tmp_path, change):
     def apply(folder):
         meta = json.loads((folder / "meta.json").read_text()) | change
+        if "sha256" not in change:
+            del meta["sha256"]
         (folder / "meta.json").write_text(json.dumps(meta))
 
     with pytest.raises(ValueError, match=r"meta\.json is damaged") as e:
@@ -169,10 +174,38 @@ def test_meta_cannot_name_a_file_outside(tmp_path):
     def apply(folder):
         meta = json.loads((folder / "meta.json").read_text())
         meta["splits"]["train"]["shards"][0]["file"] = "../../etc/passwd"
+        del meta["sha256"]
         (folder / "meta.json").write_text(json.dumps(meta))
 
     with pytest.raises(ValueError, match="outside the folder"):
         Data(damage(tmp_path, apply))
+
+
+def test_changed_metadata_is_noticed(tmp_path):
+    name = write(tmp_path)
+    for file, old, new in (("meta.json", '"documents": 70', '"documents": 71'),
+                           ("tokenizer.json", '"Ġ"', '"ġ"')):
+        path = Data(name).folder / file
+        kept = path.read_text(encoding="utf-8")
+        path.write_text(kept.replace(old, new), encoding="utf-8")
+        with pytest.raises(ValueError, match=file):
+            Data(name).tokenizer()
+        path.write_text(kept, encoding="utf-8")
+    (Data(name).folder / "meta.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="RecursionError"):
+        Data(name)
+
+
+def test_a_shard_changed_while_it_is_read(tmp_path):
+    name = write(tmp_path)
+    opened = Data(name)
+    before = opened.train.rows([0], opened.train.tokens)
+    write(tmp_path, train=STORIES[:3], val=STORIES[3:5])  # prepared again: the run keeps its data
+    assert (opened.train.rows([0], opened.train.tokens) == before).all()
+    opened = Data(name)
+    os.truncate(opened.train.files[0], 100)
+    with pytest.raises(ValueError, match=r"train_00000\.bin was cut while it was in use"):
+        opened.train.rows([50], 100)
 
 
 def test_an_id_past_the_vocabulary_is_named(tmp_path):

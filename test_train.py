@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import train
 from common import (
@@ -75,8 +76,10 @@ def rows(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_three_and_three_steps_equal_six(shared, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_three_and_three_steps_equal_six(shared, tmp_path, optimizer):
     common = [*TINY, f"--dataset={shared}/c", "--dropout=0.2", "--eval_interval=3",
+              f"--optimizer={optimizer}",
               "--total_batch_tokens=128", "--lr_schedule=constant"]  # 2 micro-steps
     run_train(*common, "--max_steps=6", f"--out_dir={tmp_path}/six")
     run_train(*common, "--max_steps=3", f"--out_dir={tmp_path}/cut")
@@ -98,6 +101,73 @@ def test_three_and_three_steps_equal_six(shared, tmp_path):
 
     assert logged(tmp_path / "six") == logged(tmp_path / "cut")
     assert [row["step"] for row in logged(tmp_path / "cut")] == list(range(1, 7))
+
+
+def test_the_newest_whole_checkpoint_is_found(shared, tmp_path, capsys):
+    common = [*TINY, f"--dataset={shared}/c", "--eval_interval=2", "--lr_schedule=constant"]
+    run_train(*common, "--max_steps=8", f"--out_dir={tmp_path}/whole")
+    common += [f"--out_dir={tmp_path}/run", "--keep_checkpoints=3"]
+    run_train(*common, "--max_steps=8")
+    out, newest = tmp_path / "run", tmp_path / "run" / "ckpt.pt"
+    assert sorted(p.name for p in out.glob("*.pt")) == ["ckpt-4.pt", "ckpt-6.pt", "ckpt.pt"]
+    assert [load_torch(out / name)["step"] for name in ("ckpt-4.pt", "ckpt-6.pt")] == [4, 6]
+    raw = bytearray(newest.read_bytes())
+    raw[raw.index(weights(out)["model"]["transformer.wte.weight"].numpy().tobytes()) + 9] ^= 4
+    newest.write_bytes(raw)
+    load_torch(newest)  # which does not notice
+    os.truncate(out / "ckpt-6.pt", 5000)
+    (out / "ckpt.pt.1.tmp").write_text("of a killed run")
+    run_train(*common, "--max_steps=8", "--init_from=auto")
+    said = capsys.readouterr().out
+    assert re.search(r"/ckpt\.pt is damaged: .*; .*ckpt-6\.pt is damaged: .*; going on from \S+-4\.pt\n",
+                     said) and "resuming" in said
+    for name, tensor in weights(tmp_path / "whole")["model"].items():
+        assert torch.equal(tensor, weights(out)["model"][name]), name
+    assert [row["step"] for row in rows(out)] == list(range(1, 9))
+    assert sorted(p.name for p in out.glob("ckpt*")) == [
+        "ckpt-4.pt", "ckpt-6.pt", "ckpt-6.pt.damaged", "ckpt.pt", "ckpt.pt.damaged"]
+    for path in out.glob("ckpt*.pt"):
+        path.write_bytes(path.read_bytes()[:-9])
+    for init_from in ("auto", "resume"):
+        with pytest.raises(ValueError, match="is damaged.*nor is any of the 2 older.*init_from=scratch"):
+            run_train(*common, "--max_steps=8", f"--init_from={init_from}")
+        assert len(rows(out)) == 8
+    for path in out.glob("ckpt*.pt"):
+        path.unlink()
+    with pytest.raises(ValueError, match="a run of 8 steps but no checkpoint"):
+        run_train(*common, "--max_steps=8", "--init_from=auto")
+    (out / "metrics.jsonl").write_text('{"step": 1}\nnull\n[' + "[" * 9999)  # killed before the first
+    run_train(*common, "--max_steps=2", "--init_from=auto")
+    assert "has no checkpoint yet: beginning anew" in capsys.readouterr().out
+
+
+def test_a_second_run_in_the_same_folder_is_refused(shared, tmp_path):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}", "--max_steps=1"]
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match=f"using {tmp_path}; wait"):
+        run_train(*common)
+    with pytest.raises(ValueError, match="n_head"):  # an error frees it, too
+        run_train(*common, "--n_head=3")
+    run_train(*common)
+
+
+@pytest.mark.parametrize(("where", "value"), [
+    (["step"], -1), (["step"], "5"), (["windows"], None), (["model"], {}), (["model"], []),
+    (["model", "transformer.wte.weight"], torch.zeros(1)), (["tokenizer"], 7), (["config"], {}),
+    (["config", "n_layer"], 9999), (["config", "n_embd"], -4), (["config", "vocab_size"], 2**24),
+    (["config", "more"], 1), (["optimizer"], {}), (["optimizer", "state"], {}),
+    (["optimizer", "state", 0, "exp_avg"], torch.zeros(3)), (["optimizer", "param_groups"], [3]),
+    (["settings"], "x"), (["data"], "another"), (["scaler"], 0)])
+def test_hostile_checkpoints_are_refused_in_one_line(shared, tmp_path, where, value):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}"]
+    run_train(*common, "--max_steps=1")
+    part = checkpoint = torch.load(tmp_path / "ckpt.pt")
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"ckpt\.pt") as e:
+        run_train(*common, "--max_steps=2", "--init_from=auto")
+    assert "\n" not in str(e.value)
 
 
 def test_metrics_after_a_crash_have_no_row_twice(tmp_path):
@@ -128,6 +198,40 @@ def test_two_ranks_equal_one(shared, tmp_path):
                 assert math.isclose(a[key], b[key], rel_tol=1e-5), (key, a, b)
     for name, tensor in weights(tmp_path / "one")["model"].items():
         assert (tensor - weights(tmp_path / "two")["model"][name]).abs().max() < 2e-5, name
+    for run in ("one", "two"):  # one rank goes on where two were
+        run_train(*common[1:], f"--out_dir={tmp_path}/{run}", "--max_steps=6", "--init_from=resume")
+    assert weights(tmp_path / "two")["windows"] == weights(tmp_path / "one")["windows"] == 6 * 16
+    for name, tensor in weights(tmp_path / "one")["model"].items():
+        assert (tensor - weights(tmp_path / "two")["model"][name]).abs().max() < 2e-5, name
+
+
+def test_updates_that_are_not_finite_are_skipped(shared, tmp_path, capsys, monkeypatch):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}", "--max_steps=12",
+              "--eval_interval=4", "--warmup_steps=0", "--seed=3"]
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def faulty(parameters, limit):
+        calls.append(len(calls) + 1)
+        norm = clip(parameters, limit)
+        return norm * math.nan if calls[-1] in bad else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", faulty)
+    bad = {6, 7}
+    run_train(*common, "--log_interval=4")
+    text = capsys.readouterr().out
+    assert "step 6: the gradient is not finite" in text and "windows 20 to 23" in text
+    assert text.count("not finite") == 2 and "done: 12 steps" in text
+    assert [row.get("skipped") for row in rows(tmp_path)] == [None, 2, 2]
+    assert weights(tmp_path)["skipped"] == 2
+    calls.clear()
+    bad = set(range(5, 100))
+    with pytest.raises(ValueError, match="in 3 steps in a row, up to step 7.*--init_from=resume"):
+        run_train(*common, "--log_interval=1", "--max_skipped=3")
+    assert weights(tmp_path)["step"] == 4  # whole, and finite
+    assert all(p.isfinite().all() for p in weights(tmp_path)["model"].values())
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="not finite in 10 steps"):  # for real
+        run_train(*common, "--max_steps=100", "--learning_rate=1e30")
 
 
 def test_run_folder_and_sample(shared, tmp_path):
@@ -241,6 +345,22 @@ def test_resuming_something_else_is_refused(shared, tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"ckpt\.pt"):
         run_train(*common, "--max_steps=2", "--init_from=resume")
+
+
+def test_resuming_on_changed_data_is_refused_and_other_changes_are_said(tmp_path, capsys):
+    def prepare(alphabet, text):
+        write_data(f"{tmp_path}/d", char_tokenizer(alphabet), {"train": [text], "val": [text]})
+
+    common = [*TINY, f"--dataset={tmp_path}/d", f"--out_dir={tmp_path}/run"]
+    prepare("abc", "abc" * 99)
+    run_train(*common, "--max_steps=1")
+    for alphabet, text, word in (("abc", "cba" * 99, "other shards"), ("abcd", "abc" * 99, "tokenizer")):
+        prepare(alphabet, text)
+        with pytest.raises(ValueError, match=word):
+            run_train(*common, "--max_steps=2", "--init_from=resume")
+    prepare("abc", "abc" * 99)
+    run_train(*common, "--max_steps=2", "--init_from=resume", "--batch_size=8")
+    assert "changed since then: max_steps 1 -> 2, batch_size 4 -> 8\n" in capsys.readouterr().out
 
 
 def test_a_new_run_keeps_the_one_that_was_there(shared, tmp_path):

@@ -9,9 +9,11 @@
     python train.py --eval_only --init_from=gpt2 --dataset=tinystories  [--quantize=int8]
 """
 
+import gc
 import math
 import time
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +25,17 @@ from common import (
     Device,
     Metrics,
     StopSignal,
+    checkpoints,
+    clear_up,
     command_line,
+    fitting,
+    keep_freed_memory,
+    locked,
     lr_scale,
     micro_batch_seed,
     micro_batches,
+    newest_checkpoint,
+    restore,
     save_best,
     save_checkpoint,
     set_aside,
@@ -35,11 +44,12 @@ from common import (
 from configurator import run
 from data import Data, WindowOrder
 from decode import Int8Linear, prepare
-from model import GPT, GPTConfig, load_torch, read_pretrained
+from model import GPT, GPTConfig, read_pretrained
 from optim import build_optimizer
 
 # what and where
 out_dir = "out/run"  # the run's folder: ckpt.pt, best/, metrics.jsonl, loss.png
+keep_checkpoints = 2  # the newest, ckpt.pt, and older ones, ckpt-STEP.pt, should that be damaged
 dataset = "tinystories"  # data/NAME, made by a prepare script; or a path with a slash in it
 verify = False  # check the checksums of all shards first
 init_from = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), a hub name or folder
@@ -59,12 +69,15 @@ tie_word_embeddings = True  # the output head is the token embedding
 max_steps = 3000  # updates in all
 batch_size = 16  # sequences of a micro-batch, on each rank
 total_batch_tokens: int | None = None  # tokens an update, over all ranks; None: one micro-batch each
-optimizer = "adamw"
+optimizer = "adamw"  # or muon, for the linear layers of the blocks, and adamw for the rest
 learning_rate = 6e-4  # its peak
+adamw_learning_rate: float | None = None  # with muon, the peak of the rest; None: the same
+momentum = 0.95  # of muon
 weight_decay = 0.1  # of matrices
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0 for none
+max_skipped = 10  # updates in a row skipped for a gradient that is not finite, then the run ends
 lr_schedule = "cosine"  # after the warmup: cosine, linear, wsd (stable, then linear) or constant
 warmup_steps = 100
 min_lr_scale = 0.1  # what the learning rate decays to, as a fraction of its peak
@@ -83,8 +96,10 @@ dtype = "auto"  # of autocast: float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; None: on GPUs
 
 LEAST = {"max_steps": 1, "log_interval": 1, "eval_interval": 1, "block_size": 1, "batch_size": 1,
-         "seed": 0, "warmup_steps": 0, "sample_tokens": 0, "learning_rate": 0, "weight_decay": 0,
-         "beta1": 0, "beta2": 0, "grad_clip": 0}
+         "seed": 0, "max_skipped": 1, "keep_checkpoints": 1, "warmup_steps": 0, "sample_tokens": 0,
+         "learning_rate": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "momentum": 0, "grad_clip": 0}
+FIXED = ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "activation",
+         "tie_word_embeddings", "optimizer")  # a run that is resumed goes on with these
 
 
 @torch.inference_mode()
@@ -156,39 +171,65 @@ def duration(seconds: float) -> str:
 
 
 def main():
+    with ExitStack() as stack:
+        train(stack)
+
+
+def train(stack):
+    """One run; what it locks is freed by the stack."""
     settings = {k: v for k, v in globals().items() if not k.startswith("_") and k.islower()
                 and isinstance(v, (int, float, str, list, type(None)))}
     env = Device(device, dtype)
+    if env.type == "cpu":
+        keep_freed_memory()
+    settings["ranks"] = env.world
     say = partial(print, flush=True) if env.rank == 0 else lambda *args, **kwargs: None
     out = Path(out_dir)
     for name, least in LEAST.items():
         if globals()[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {globals()[name]}")
-    if not (beta1 < 1 and beta2 < 1):
-        raise ValueError(f"beta1 and beta2 must be below 1, got {beta1} and {beta2}")
+    if not max(beta1, beta2, momentum) < 1:
+        raise ValueError("beta1, beta2 and momentum must be below 1, got "
+                         f"{beta1}, {beta2} and {momentum}")
     data = Data(dataset, verify)
     tokenizer = data.tokenizer()
+    tokenizer_json = tokenizer.to_json()
     accumulation = 1 if eval_only else micro_batches(total_batch_tokens, batch_size, block_size,
                                                      env.world)
     lr_scale(lr_schedule, warmup_steps, max_steps, warmup_steps)  # an unknown name ends here
+    if init_from == "resume" and not checkpoints(out):
+        raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start with --init_from=scratch")
+    if not eval_only:
+        stack.enter_context(locked(out, env))
 
     # ---- the model: new, resumed or pretrained ----
     torch.manual_seed(seed)
-    checkpoint = None
-    if init_from in ("resume", "auto") and (out / "ckpt.pt").is_file():
-        checkpoint = load_torch(out / "ckpt.pt")
-        if "settings" not in checkpoint:
-            raise ValueError(f"{out / 'ckpt.pt'} was not written by train.py; convert.py reads nanoGPT's")
-        for name in ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-                     "tie_word_embeddings"):
+    path, checkpoint = None, None
+    if init_from in ("resume", "auto"):
+        path, checkpoint, faults = newest_checkpoint(out)
+        if faults:
+            say(f"{'; '.join(faults)}; going on from {path}")
+        elif path is None and (out / "metrics.jsonl").exists():
+            say(f"{out} was begun, but has no checkpoint yet: beginning anew")
+    if checkpoint is not None:
+        for name in FIXED:
             was = checkpoint["settings"].get(name, settings[name])
             if settings[name] != was:
-                raise ValueError(f"{out / 'ckpt.pt'} was trained with {name}={was}, not "
-                                 f"{settings[name]}; give that, or another --out_dir")
-        raw_model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
-        raw_model.load_state_dict(checkpoint["model"])
-    elif init_from == "resume":
-        raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start with --init_from=scratch")
+                raise ValueError(f"{path} was trained with {name}={was}, not {settings[name]}; "
+                                 "give that, or another --out_dir")
+        if checkpoint["tokenizer"] != tokenizer_json:
+            raise ValueError(f"{path} was trained with another tokenizer than {dataset} has now; "
+                             "bring that back, or give another --out_dir")
+        if checkpoint.get("data", data.fingerprint()) != data.fingerprint():
+            raise ValueError(f"{path} was trained on other shards than {dataset} has now; prepare "
+                             f"them as they were, or give another --out_dir and --init_from={out}/best")
+        with fitting(path):
+            config = GPTConfig(**checkpoint["config"] | {"dropout": dropout})
+            size = 12 * config.n_layer * config.n_embd ** 2 + config.n_embd * config.vocab_size
+            if 4 * size > path.stat().st_size:
+                raise ValueError(f"a network of {size:,} parameters is not in it")
+            raw_model = GPT(config)
+            raw_model.load_state_dict(checkpoint["model"])
     elif init_from in ("scratch", "auto"):
         raw_model = GPT(GPTConfig(block_size, data.vocab_size, n_layer, n_head, n_embd, dropout,
                                   bias, activation, tie_word_embeddings))
@@ -214,17 +255,17 @@ def main():
             f"perplexity {found['val_ppl']:.2f}{bpb}")
         return env.close()
 
-    update = build_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2))
-    step, tokens, windows, elapsed, best_loss = 0, 0, 0, 0.0, math.inf
+    update = build_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2),
+                             adamw_learning_rate, momentum)
+    step, tokens, windows, elapsed, best_loss, skipped = 0, 0, 0, 0.0, math.inf, 0
     if checkpoint is not None:
-        saved = checkpoint["optimizer"]
-        for old, new in zip(saved["param_groups"], update.param_groups):
-            old |= {key: value for key, value in new.items() if key != "params"}  # today's settings
-        update.load_state_dict(saved)
-        if checkpoint["scaler"]:  # empty where the dtype was not float16
-            env.scaler.load_state_dict(checkpoint["scaler"])
+        with fitting(path):
+            restore(update, checkpoint["optimizer"])
+            if checkpoint["scaler"]:  # empty where the dtype was not float16
+                env.scaler.load_state_dict(checkpoint["scaler"])
         step, tokens, windows, elapsed, best_loss = (
             checkpoint[key] for key in ("step", "tokens", "windows", "elapsed_s", "best_loss"))
+        skipped = checkpoint.get("skipped", 0)
     if env.sum(step)[0] != step * env.world:
         raise ValueError(f"the ranks found different checkpoints in {out}: it must be a folder that "
                          "all nodes share")
@@ -235,6 +276,11 @@ def main():
                 f"python sample.py --init_from={out}")
             return env.close()
         say(f"resuming {out} at step {step}")
+        was = checkpoint["settings"]
+        changed = [f"{name} {was[name]!r:.80} -> {value!r}" for name, value in settings.items()
+                   if name in was and was[name] != value and name not in ("init_from", "verify")]
+        if changed:
+            say(f"changed since then: {', '.join(changed)}")
     del checkpoint
 
     # ---- batches ----
@@ -263,9 +309,9 @@ def main():
         model = DDP(model, device_ids=[env.device] if env.type == "cuda" else None)
 
     # ---- what is kept of the run ----
-    tokenizer_json = tokenizer.to_json()
     if env.rank == 0:
-        if step == 0:
+        clear_up(out, path)
+        if path is None:
             set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(out, resume_step=step if step else None)
@@ -273,14 +319,21 @@ def main():
             import wandb
             wandb.init(project=wandb_project, name=out.name, config=settings)
 
+    saved_at, saves = step if path == out / "ckpt.pt" else None, []  # the step; seconds of each
+
     def save():
+        nonlocal saved_at
         if env.rank == 0:
+            begun = time.perf_counter()
+            metrics.sync()
             save_checkpoint(out / "ckpt.pt", {
                 "model": raw_model.state_dict(), "optimizer": update.state_dict(),
                 "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
-                "windows": windows, "elapsed_s": elapsed, "best_loss": best_loss,
+                "windows": windows, "elapsed_s": elapsed, "best_loss": best_loss, "skipped": skipped,
                 "config": vars(config), "settings": settings, "tokenizer": tokenizer_json,
-                "command": command_line()})
+                "data": data.fingerprint(), "command": command_line()}, keep_checkpoints, saved_at)
+            saved_at = step
+            saves.append(time.perf_counter() - begun)
 
     def evaluate_and_keep(row):
         """Evaluates, keeps the best model, prints a sample; the measures go into the row."""
@@ -303,20 +356,45 @@ def main():
             if wandb_project:
                 wandb.log(row, step=step)
 
+    def count_skipped(norms):
+        """Of the latest steps, by the norms of their gradients: says which were skipped; ValueError
+        after max_skipped in a row. float16 finds its scale by skipping some."""
+        nonlocal skipped, in_a_row
+        for number, norm in enumerate(norms, step - len(norms) + 1):
+            in_a_row = 0 if math.isfinite(norm) else in_a_row + 1
+            skipped += in_a_row > 0
+            if in_a_row and not env.scaler.is_enabled():
+                first = windows - (step - number + 1) * per_update // block_size
+                say(f"step {number}: the gradient is not finite, its update is skipped; it is of "
+                    f"windows {first:,} to {first + per_update // block_size - 1:,} of the order")
+            if in_a_row >= max_skipped + 20 * env.scaler.is_enabled():
+                raise ValueError(
+                    f"the gradient was not finite in {in_a_row} steps in a row, up to step {number}; "
+                    f"{out / 'ckpt.pt'} is the last checkpoint: lower --learning_rate and go on "
+                    "with --init_from=resume")
+
     stop = StopSignal()
+    fetcher = ThreadPoolExecutor(1)
+
+    def fetch(windows, micro):  # the next batch, while this one is computed
+        return fetcher.submit(batch, windows + (micro * env.world + env.rank) * batch_size)
+
     # ---- the loop ----
+    coming, norms, in_a_row = fetch(windows, 0), [], 0
+    gc.collect()
+    gc.freeze()  # else every full collection looks at all of torch, for milliseconds
     clock, counted = time.perf_counter(), step
     while step < max_steps:
-        lr = learning_rate * lr_scale(lr_schedule, step, max_steps, warmup_steps, min_lr_scale,
-                                      decay_fraction)
+        scale = lr_scale(lr_schedule, step, max_steps, warmup_steps, min_lr_scale, decay_fraction)
         for group in update.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["peak"] * scale
         loss_sum = torch.zeros((), device=env.device)
         for micro in range(accumulation):
             number = micro * env.world + env.rank  # of this micro-batch in the whole job's step
             torch.manual_seed(micro_batch_seed(seed, step, number))
-            x, y = batch(windows + number * batch_size)
+            x, y = coming.result()
             last = micro == accumulation - 1
+            coming = fetch(windows + last * per_update // block_size, 0 if last else micro + 1)
             with nullcontext() if last or env.world == 1 else model.no_sync():
                 with env.autocast():
                     loss = model(x, y)[1] / accumulation
@@ -324,6 +402,9 @@ def main():
             loss_sum += loss.detach()
         env.scaler.unscale_(update)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        norms.append(norm)
+        if not env.scaler.is_enabled():  # as it does: the optimizer then changes nothing
+            update.grad_scale, update.found_inf = None, 1 - norm.isfinite().float()
         env.scaler.step(update)
         env.scaler.update()
         update.zero_grad(set_to_none=True)
@@ -335,20 +416,23 @@ def main():
         if not (seen or stopping or step % log_interval == 0):
             continue
         loss = env.sum(loss_sum.item())[0]
+        count_skipped(torch.stack(norms).tolist())
+        norms = []
         now = time.perf_counter()
         elapsed, rate = elapsed + now - clock, (step - counted) / (now - clock)
         clock, counted = now, step
         peak = env.peak_flops()
         mfu = peak and rate * per_update * raw_model.flops_per_token(block_size) / (peak * env.world)
-        row = {"step": step, "tokens": tokens, "train_loss": loss / env.world, "lr": lr,
-               "grad_norm": norm.item(), "tokens_per_s": rate * per_update, "mfu": mfu,
-               "elapsed_s": elapsed}
-        say(f"step {step:5}/{max_steps}  loss {loss / env.world:.4f}  lr {lr:.2e}  "
+        row = {"step": step, "tokens": tokens, "train_loss": loss / env.world,
+               "lr": learning_rate * scale, "grad_norm": norm.item(), "skipped": skipped or None,
+               "tokens_per_s": rate * per_update, "mfu": mfu, "elapsed_s": elapsed}
+        say(f"step {step:5}/{max_steps}  loss {loss / env.world:.4f}  lr {learning_rate * scale:.2e}  "
             f"norm {norm.item():.2f}  {rate * per_update:,.0f} tok/s"
             + (f"  mfu {mfu:.1%}" if mfu else "") + f"  left {duration((max_steps - step) / rate)}")
         if seen:
             evaluate_and_keep(row)
-        log(row)
+        if seen or step % log_interval == 0:  # else this stop would leave a row of its own
+            log(row)
         if seen or stopping:
             save()
             if env.rank == 0:
@@ -362,8 +446,10 @@ def main():
     if env.rank == 0:
         print(metrics.sketch())
     say(f"done: {step:,} steps, {tokens:,} tokens, {duration(elapsed)} of training, best validation "
-        f"loss {best_loss:.4f}\nloss curve: {out / 'loss.png'}; text: python sample.py "
-        f"--init_from={out} --start \"…\"")
+        f"loss {best_loss:.4f}")
+    if env.rank == 0:
+        print(f"{len(saves)} checkpoints, {sum(saves) / len(saves):.2f} s each; loss curve: "
+              f"{out / 'loss.png'}; text: python sample.py --init_from={out} --start \"…\"")
     if dist.is_initialized():
         dist.barrier()
     return env.close()

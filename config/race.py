@@ -19,7 +19,7 @@ bias = False
 activation = "gelu"
 batch_size = 12
 
-max_steps = 350
+max_steps = 370
 optimizer = "muon"
 learning_rate = 0.03
 adamw_learning_rate = 0.03
@@ -32,6 +32,6 @@ decay_fraction = 0.5
 warmup_steps = 0
 min_lr_scale = 0.0
 
-eval_interval = 350
+eval_interval = 370
 log_interval = 20
 sample_tokens = 200

@@ -14,15 +14,21 @@ n_layer = 4
 n_head = 6
 n_embd = 192
 block_size = 256
+activation = "gelu"  # as good as the tanh form, and faster on a CPU
 batch_size = 8
 
-max_steps = 1650  # 3.4 M tokens
-learning_rate = 2e-3
-weight_decay = 0.1
-lr_schedule = "linear"
+max_steps = 1700  # 3.5 M tokens
+optimizer = "muon"
+learning_rate = 0.03
+adamw_learning_rate = 0.01
+momentum = 0.85
+beta1 = 0.8
+weight_decay = 0.0
+lr_schedule = "wsd"
+decay_fraction = 0.5
 min_lr_scale = 0.0
-warmup_steps = 100
+warmup_steps = 0
 
-eval_interval = 825
+eval_interval = 850
 log_interval = 100
 sample_tokens = 200

@@ -1,0 +1,38 @@
+"""The benchmark's parts that run in seconds; its figures are not tests."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import bench
+from configurator import configure, find_settings
+from test_train import script
+
+HERE = Path(__file__).parent
+DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(bench)).items()}
+
+
+def run_bench(*argv):
+    vars(bench).update(DEFAULTS)
+    bench.main(*configure(vars(bench), list(argv), bench.COMMANDS, True))
+
+
+def test_a_measured_step():
+    text = script(HERE / "bench.py", "step", "ours", "float32", "--batch_size=1", "--block_size=8",
+                  "--steps=2", "--device=cpu")
+    found = json.loads(text.splitlines()[0])
+    assert [len(step) for step in found["parts"]] == [4, 4] and min(map(min, found["parts"])) > 0
+    assert found["peak"] > 2  # GB: weights, gradients and two moments of 124 M parameters
+
+
+@pytest.mark.parametrize(("argv", "word"), [
+    (["race"], "--peer=FOLDER"), (["race", "--peer=.", "--dataset=no/data"], "is missing"),
+    (["train", "--peer=no/where"], "no model.py"), (["train", "--steps=0"], "steps"),
+    (["train", "--preset=gpt3"], "gpt2-xl"), (["train", "--block_size=2000"], "1024"),
+    (["decode", "--new", "2000"], "1 … 1008"), (["decode", "--kinds", "int4"], "int4"),
+    (["step", "ours"], "bench.py train"), (["growth", "extra"], "unexpected")])
+def test_mistakes_are_one_line(argv, word):
+    with pytest.raises(ValueError, match=word) as e:
+        run_bench(*argv, "--device=cpu")
+    assert "\n" not in str(e.value)
