@@ -70,9 +70,16 @@ class Device:
         self.dtype = getattr(torch, dtype)
         self.scaler = torch.amp.GradScaler(self.type, enabled=dtype == "float16")
         if self.world > 1 and not dist.is_initialized():
+            # After a restart torchrun's store still has the addresses of the processes that died
+            # (pytorch issue 135712), so that each attempt needs keys of its own. Several nodes do not
+            # count alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must be set.
+            alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dist.init_process_group("nccl" if self.type == "cuda" else "gloo")
+                store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
+                dist.init_process_group("nccl" if self.type == "cuda" else "gloo", store=store,
+                                        rank=self.rank, world_size=self.world)
 
     def autocast(self):
         """The context of forward passes."""

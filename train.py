@@ -278,7 +278,8 @@ def train(stack):
         say(f"resuming {out} at step {step}")
         was = checkpoint["settings"]
         changed = [f"{name} {was[name]!r:.80} -> {value!r}" for name, value in settings.items()
-                   if name in was and was[name] != value and name not in ("init_from", "verify")]
+                   if name in was and was[name] != value
+                   and name not in ("out_dir", "init_from", "verify")]
         if changed:
             say(f"changed since then: {', '.join(changed)}")
     del checkpoint

@@ -1,0 +1,499 @@
+"""Fine-tunes a model to follow instructions, all of it or by low-rank adapters, and judges it.
+
+    python finetune_instruct.py config/finetune_instruct.py --data=FILE
+    python finetune_instruct.py --init_from=gpt2 --data=tatsu-lab/alpaca --epochs=1 --mode=full
+    python finetune_instruct.py config/finetune_instruct.py --data=FILE --init_from=resume
+    torchrun --standalone --nproc_per_node=8 finetune_instruct.py --init_from=gpt2
+    python sample.py --init_from=out/finetune_instruct --instruct "Name three colours."
+
+Its data are records with `instruction`, `input` (may be empty) and `output`, as Alpaca's (Taori et
+al. 2023). OUT/best is the best model on the dev split, adapters merged; OUT/adapter holds them
+alone, in PEFT's format. Losses are nats a token of the answers, end-of-text included.
+"""
+
+import gzip
+import json
+import lzma
+import math
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from functools import partial
+from itertools import zip_longest
+from os.path import commonprefix
+from pathlib import Path
+from textwrap import wrap
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sacrebleu.metrics import CHRF
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from common import (
+    Device,
+    Metrics,
+    StopSignal,
+    load_model,
+    lr_scale,
+    micro_batch_seed,
+    save_best,
+    save_checkpoint,
+    set_aside,
+)
+from configurator import run
+from data import replacing
+from lora import merge, save_adapter, set_trainable, unmerge
+from model import GPT, GPTConfig, load_torch
+from optim import build_optimizer
+from tokenizer import from_json
+
+# what and where
+out_dir = "out/finetune_instruct"  # the run's folder
+data = "tatsu-lab/alpaca"  # a .json, .jsonl[.gz|.xz] or .parquet file, or a hub data set
+template: str | None = None  # a file with {instruction}, {input} and, at its end, {output}; a
+    # paragraph of the input is left out where that is empty. None: Alpaca's
+init_from = "gpt2"  # a hub name, a Hugging Face or run folder; or resume
+block_size: int | None = None  # crops the context of the model
+dropout = 0.0
+seed = 1337  # of the split too: 85 % training, 5 % dev, 10 % test
+# what is trained
+mode = "lora"  # full, lora, or last_blocks (with the final LayerNorm)
+train_blocks = 2  # of last_blocks
+lora_rank = 16
+lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank
+lora_dropout = 0.0  # of what the adapters read
+lora_targets = ["c_attn", "c_proj", "c_fc"]  # layers whose names end so; attn.c_proj would do too
+train_on_all = False  # the loss covers the prompts too
+# the updates
+epochs = 3
+batch_size = 8  # records an update, over all ranks; the loss is the mean over all their tokens
+learning_rate = 1e-3  # its peak, then linear to zero
+warmup_fraction = 0.1  # of the updates
+weight_decay = 0.01  # of matrices
+grad_clip = 1.0  # largest norm of the gradient; 0 for none
+# what is seen of it
+log_interval = 20  # updates between lines
+eval_interval: int | None = None  # updates between evaluations on dev; None: an epoch
+max_new_tokens = 128  # of an answer
+num_answers = 10  # printed at the end; all are in OUT/answers.jsonl
+# the machine
+device = "auto"  # cpu, cuda, cuda:1, mps
+dtype = "auto"  # of autocast: float32, bfloat16, float16
+compile = False  # torch.compile: for long runs on a GPU
+
+ALPACA = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the \
+request.
+
+### Instruction:
+{instruction}
+
+### Input:
+{input}
+
+### Response:
+{output}"""
+FIELDS = ("instruction", "input", "output")
+LEAST = {"epochs": 1, "log_interval": 1, "seed": 0, "learning_rate": 0, "warmup_fraction": 0,
+         "weight_decay": 0, "grad_clip": 0, "max_new_tokens": 1}
+FIXED = ("data", "template", "block_size", "seed", "mode", "train_blocks", "lora_rank",
+         "lora_alpha", "lora_targets", "train_on_all", "batch_size")  # a resumed run keeps these
+
+
+# ---- records ----
+
+def read_records(name: str) -> list[dict]:
+    """The records of a file or hub data set, stripped; ValueError for one that cannot be used,
+    with its number, counted from 1."""
+    path = Path(name)
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import read_table
+            rows = read_table(path).to_pylist()
+        elif path.is_file():
+            opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+            with opener(path, "rt", encoding="utf-8-sig") as file:
+                text = file.read().strip()
+            rows = json.loads(text) if text.startswith("[") else [
+                json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            from datasets import load_dataset
+            rows = load_dataset(name, split="train")
+    except Exception as e:  # noqa: BLE001 (whatever a damaged file or the hub's client raises)
+        raise ValueError(f"cannot read {name} as records: expected JSON, JSON lines or parquet, or "
+                         f"the name of a hub data set ({type(e).__name__}: {e})") from None
+    records = []
+    for number, row in enumerate(rows, 1):
+        record = {f: row.get(f) if isinstance(row, dict) else None for f in FIELDS}
+        record["input"] = record["input"] or ""
+        for field, text in record.items():
+            if not isinstance(text, str) or not text.strip() and field != "input":
+                raise ValueError(f"record {number} of {name}: {field} is {text!r:.40}, expected "
+                                 f"some text; the record is {row!r:.70}")
+        records.append({field: text.strip() for field, text in record.items()})
+    return records
+
+
+def split(records) -> list[list[int]]:
+    """The numbers of the records for training, dev and test. Those whose prompt is there twice go
+    to training, so that none is both learned and asked."""
+    prompts = [(record["instruction"], record["input"]) for record in records]
+    seen, n = Counter(prompts), len(prompts)
+    if n < 3:
+        raise ValueError(f"{data} has {n} records; training, dev and test need one each")
+    order = np.random.default_rng(seed).permutation(n).tolist()
+    order.sort(key=lambda i: seen[prompts[i]] == 1)  # stable
+    test = n - max(1, round(0.10 * n))
+    dev = test - max(1, round(0.05 * n))
+    return [order[:dev], order[dev:test], order[test:]]
+
+
+def read_template() -> str:
+    """The template's text; ValueError for one without a slot."""
+    form = ALPACA if template is None else Path(template).read_text(encoding="utf-8").rstrip()
+    lacks = [slot for slot in FIELDS if f"{{{slot}}}" not in form]
+    if lacks or not form.endswith("{output}"):
+        raise ValueError(f"template {template} " + (f"has no slot {{{lacks[0]}}}" if lacks else
+                                                    "must end with its slot {output}"))
+    return form
+
+
+def fill(form: str, instruction: str, text: str = "") -> tuple[str, str]:
+    """A prompt in two parts: up to the end of the input (of the instruction, where there is none),
+    and from there to where the answer begins."""
+    if not text:
+        form = "\n\n".join(part for part in form.split("\n\n") if "{input}" not in part
+                           or "{instruction}" in part or "{output}" in part)
+    slot = "{input}" if text else "{instruction}"
+    cut = form.rindex(slot) + len(slot)
+    values = {"instruction": instruction, "input": text, "output": ""}
+    return tuple(re.sub(r"\{(instruction|input|output)\}", lambda slot: values[slot[1]], part)
+                 for part in (form[:cut], form[cut:]))
+
+
+def encode(records, tokenizer, form: str, T: int) -> tuple[list[tuple], int]:
+    """([(prompt ids, answer ids with end-of-text)], prompts cut). A prompt too long for a context
+    of T loses the end of its input (of the instruction, where there is none)."""
+    if tokenizer.eos_id is None:
+        raise ValueError(f"the {tokenizer.name} tokenizer has no end-of-text to close answers with")
+    rows, cuts = [], 0
+    for number, record in enumerate(records, 1):
+        head, tail = fill(form, record["instruction"], record["input"])
+        try:
+            prompt = tokenizer.encode(head + tail).tolist()
+            answer = [*tokenizer.encode(record["output"]).tolist(), tokenizer.eos_id]
+            room = T + 1 - len(answer)  # the last id is predicted, never read
+            if room < 1:
+                raise ValueError(f"its answer has {len(answer)} tokens, end-of-text included, and "
+                                 f"does not fit a context of {T} behind a prompt")
+        except ValueError as e:
+            raise ValueError(f"record {number} of {data}: {e}") from None
+        if len(prompt) > room:
+            head, tail = (tokenizer.encode(part).tolist() for part in (head, tail))
+            prompt, cuts = head[:max(0, room - len(tail))] + tail[-room:], cuts + 1
+        rows.append((prompt, answer))
+    return rows, cuts
+
+
+# ---- batches and losses ----
+
+class Prefix:
+    """A cache for `GPT.hidden` that lets gradients through: keys and values of what all prompts of
+    a batch begin with (the template's first words) are computed once, and seen by every row."""
+
+    def __init__(self):
+        self.layers, self.length = [], 0
+
+    def append(self, layer, k, v):
+        if not self.length:
+            self.layers.append((k, v))  # (1, nh, P, hs)
+            return k, v
+        return tuple(torch.cat([first.expand(rest.size(0), -1, -1, -1), rest], dim=2)
+                     for first, rest in zip(self.layers[layer], (k, v)))
+
+
+class AnswerLoss(nn.Module):
+    """Summed cross-entropy at chosen positions; no other logits are made. A module for DDP."""
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, prefix, ids, at, targets):
+        """prefix: (1, P) what all rows begin with; ids: (B, T) what follows in each; at: (n,)
+        positions in (B * T,); targets: (n,) the ids that come next there."""
+        cache = Prefix() if prefix.numel() else None
+        if cache:
+            self.gpt.hidden(prefix, cache=cache)
+        x = self.gpt.hidden(ids, cache=cache).flatten(0, 1)[at]
+        return F.cross_entropy(self.gpt.logits(x), targets, reduction="sum")
+
+
+def collate(rows, on_all: bool, device):
+    """The tensors of AnswerLoss for some records, padded on the right to the longest of them:
+    causal attention needs no mask for that."""
+    prefix = [] if on_all else commonprefix([prompt[:-1] for prompt, _ in rows])
+    T = max(len(prompt) + len(answer) for prompt, answer in rows) - len(prefix) - 1
+    ids, at, targets = np.zeros((len(rows), T), np.int64), [], []
+    for i, (prompt, answer) in enumerate(rows):
+        row, first = (prompt + answer)[len(prefix):], 1 if on_all else len(prompt) - len(prefix)
+        ids[i, :len(row) - 1] = row[:-1]
+        at += range(i * T + first - 1, i * T + len(row) - 1)
+        targets += row[first:]
+    return [torch.as_tensor(t, dtype=torch.long).to(device, non_blocking=True)
+            for t in ([prefix], ids, at, targets)]
+
+
+def epoch_batches(rows, epoch: int) -> list[np.ndarray]:
+    """The batches of an epoch in random order, records of a length together: a pure function of
+    seed and epoch."""
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(rows))
+    order = order[np.argsort([sum(map(len, rows[i])) for i in order], kind="stable")]
+    batches = np.array_split(order, math.ceil(len(rows) / batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@torch.inference_mode()
+def evaluate(net: AnswerLoss, rows, env) -> float:
+    """Mean loss a token of the answers, in nats; the ranks share the work."""
+    rows, total = sorted(rows, key=lambda row: sum(map(len, row))), 0.0
+    net.eval()
+    for start in range(32 * env.rank, len(rows), 32 * env.world):
+        with env.autocast():
+            total += net(*collate(rows[start:start + 32], False, env.device)).item()
+    net.train()
+    return env.sum(total)[0] / sum(len(answer) for _, answer in rows)
+
+
+def answers(gpt: GPT, tokenizer, prompts) -> list[str]:
+    """Greedy answers to prompts (lists of ids), in left-padded batches with the KV cache."""
+    texts, order = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for chunk in (order[start:start + 32] for start in range(0, len(order), 32)):
+        T = len(prompts[chunk[-1]])
+        idx = torch.tensor([[-1] * (T - len(prompts[i])) + prompts[i] for i in chunk])
+        idx = idx.to(gpt.transformer.wte.weight.device)
+        new = gpt.generate(idx.clamp(min=0), max_new_tokens, temperature=0.0,
+                           eos_id=tokenizer.eos_id, attention_mask=(idx >= 0).long())[:, T:]
+        for i, ids in zip(chunk, new.tolist()):
+            end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
+            texts[i] = tokenizer.decode(ids[:end]).strip()
+    return [texts[i] for i in range(len(prompts))]
+
+
+# ---- what is shown ----
+
+def table(rows: list[dict], columns) -> str:
+    """Rows as a table that fits the terminal, long cells over several lines."""
+    width = (shutil.get_terminal_size((100, 24)).columns + 3) // len(columns) - 3
+    lines = []
+    for row in [dict(zip(columns, columns)), *rows]:
+        cells = zip_longest(*(wrap(row[column], width) for column in columns), fillvalue="")
+        lines += [" | ".join(cell.ljust(width) for cell in line).rstrip() for line in cells]
+        lines.append("-+-".join(["-" * width] * len(columns)))
+    return "\n".join(lines)
+
+
+def peak_memory_mb(env) -> float | None:
+    """The most memory that this process has held: of the GPU, or resident."""
+    if env.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return None
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def main():
+    settings = {k: v for k, v in globals().items() if not k.startswith("_") and k.islower()
+                and isinstance(v, (int, float, str, list, type(None)))}
+    env, out = Device(device, dtype), Path(out_dir)
+    say = partial(print, flush=True) if env.rank == 0 else lambda *args: None
+    for name, least in (LEAST | {"batch_size": env.world}).items():  # a record for each rank
+        if settings[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {settings[name]}")
+
+    # ---- the model, pretrained or resumed ----
+    torch.manual_seed(seed)
+    checkpoint = None
+    if init_from == "resume":
+        if not (out / "ckpt.pt").is_file():
+            raise ValueError(f"no {out / 'ckpt.pt'} to resume from; give a model with --init_from")
+        checkpoint = load_torch(out / "ckpt.pt")
+        for name in FIXED:
+            was = checkpoint["settings"].get(name, "something else")
+            if was != settings[name]:
+                raise ValueError(f"{out / 'ckpt.pt'} was trained with {name}={was}, not "
+                                 f"{settings[name]}; give that, or another --out_dir")
+        raw_model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
+        tokenizer = from_json(checkpoint["tokenizer"])
+        base, form = checkpoint["base"], checkpoint["template"]
+    else:
+        raw_model, tokenizer = load_model(init_from, block_size=block_size, dropout=dropout)
+        best, form = Path(init_from) / "best", read_template()
+        base = str(best if best.is_dir() else init_from)  # by which PEFT finds it
+    for p in raw_model.parameters():  # the layout of a resumed run: the last bits depend on it
+        p.data = p.data.float().contiguous()
+    trained = set_trainable(raw_model, mode, train_blocks, lora_rank, lora_alpha,
+                            lora_dropout, lora_targets)
+    if checkpoint is not None:
+        raw_model.load_state_dict(checkpoint["model"])
+    raw_model.to(env.device).train()
+    config, parameters = raw_model.config, raw_model.num_params()
+
+    # ---- the records ----
+    records = read_records(data)
+    rows, cuts = encode(records, tokenizer, form, config.block_size)
+    parts = split(records)
+    train, dev, test = ([rows[i] for i in part] for part in parts)
+    per_epoch = math.ceil(len(train) / batch_size)
+    max_steps, interval = epochs * per_epoch, eval_interval or per_epoch
+    say(f"{base}: {parameters:,} parameters, {trained:,} trained ({mode}, "
+        f"{trained / parameters:.2%}); {env.name()}, {str(env.dtype).removeprefix('torch.')}\n"
+        f"{len(train):,}/{len(dev):,}/{len(test):,} records for training/dev/test, {cuts} prompts "
+        f"cut to fit; {sum(len(answer) for _, answer in train):,} answer tokens an epoch; "
+        f"{epochs} epochs, {max_steps:,} updates")
+
+    update = build_optimizer(raw_model, "adamw", learning_rate, weight_decay, (0.9, 0.999))
+    net = AnswerLoss(raw_model)
+    step, tokens, elapsed, best_loss, before = 0, 0, 0.0, math.inf, None
+    if checkpoint is not None:
+        update.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # empty where the dtype was not float16
+            env.scaler.load_state_dict(checkpoint["scaler"])
+        step, tokens, elapsed, best_loss, before = (
+            checkpoint[key] for key in ("step", "tokens", "elapsed_s", "best_loss", "before"))
+        if step >= max_steps and (out / "results.json").is_file():
+            say(f"{out} is finished: {step} updates, best dev loss {best_loss:.4f}; see "
+                f"{out / 'results.json'}, or: python sample.py --init_from={out} --instruct \"…\"")
+            return env.close()
+        say(f"resuming {out} at update {step}")
+    else:
+        before = evaluate(net, test, env)
+    del checkpoint
+    model = torch.compile(net, dynamic=True) if compile else net
+    if env.world > 1:
+        model = DDP(model, device_ids=[env.device] if env.type == "cuda" else None)
+    if env.rank == 0:
+        if step == 0:
+            set_aside(out)
+            (out / "results.json").unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        metrics = Metrics(out, resume_step=step if step else None)
+
+    def log(row, seen: bool):
+        """Logs a row; `seen`: evaluates on dev for it and keeps the best model."""
+        nonlocal best_loss
+        if seen:
+            row["val_loss"] = loss = evaluate(net, dev, env)
+            row["val_ppl"] = math.exp(min(loss, 700))
+            better, best_loss = loss < best_loss, min(loss, best_loss)
+            say(f"update {step}: dev loss {loss:.4f}, perplexity {row['val_ppl']:.2f}"
+                + " (best so far)" * better)
+            if better and env.rank == 0:
+                if mode == "lora":
+                    save_adapter(raw_model, out / "adapter", base)
+                merge(raw_model)
+                save_best(out, raw_model, tokenizer)
+                unmerge(raw_model)
+                with replacing(out / "best" / "template.txt") as tmp:  # for sample.py
+                    tmp.write_text(f"{form}\n", encoding="utf-8")
+        if env.rank == 0:
+            metrics.log(**row)
+
+    def save():
+        if env.rank == 0:
+            save_checkpoint(out / "ckpt.pt", {
+                "model": raw_model.state_dict(), "optimizer": update.state_dict(),
+                "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
+                "elapsed_s": elapsed, "best_loss": best_loss, "before": before, "base": base,
+                "template": form, "config": vars(config), "settings": settings,
+                "tokenizer": tokenizer.to_json()})
+            metrics.plot()
+
+    if step == 0:
+        log({"step": 0, "tokens": 0, "elapsed_s": 0.0}, True)
+    stop, batches = StopSignal(), None
+    loss_sum, counted = torch.zeros((), device=env.device), 0
+    # ---- the loop ----
+    clock = time.perf_counter()
+    while step < max_steps:
+        epoch, at = divmod(step, per_epoch)
+        if batches is None or at == 0:
+            batches = epoch_batches(train, epoch)
+        lr = learning_rate * lr_scale("linear", step, max_steps, round(warmup_fraction * max_steps))
+        for group in update.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(micro_batch_seed(seed, step, env.rank))
+        rows = [train[i] for i in batches[at]]
+        n = sum(len(answer) + (len(prompt) - 1) * train_on_all for prompt, answer in rows)
+        with env.autocast():
+            loss = model(*collate(rows[env.rank::env.world], train_on_all, env.device))
+        env.scaler.scale(loss * (env.world / n)).backward()  # DDP takes the mean over the ranks
+        env.scaler.unscale_(update)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        env.scaler.step(update)
+        env.scaler.update()
+        update.zero_grad(set_to_none=True)
+        loss_sum += loss.detach()
+        step, tokens, counted = step + 1, tokens + n, counted + n
+
+        last = step == max_steps
+        seen = last or step % interval == 0
+        stopping = env.sum(bool(stop.received))[0] > 0  # on every rank, or none
+        if not (seen or stopping or step % log_interval == 0):
+            continue
+        mean = env.sum(loss_sum.item())[0] / counted  # over the updates since the last line
+        now = time.perf_counter()
+        elapsed, rate = elapsed + now - clock, counted / (now - clock)
+        say(f"update {step:5}/{max_steps}  loss {mean:.4f}  lr {lr:.2e}  norm {norm.item():.2f}  "
+            f"{rate:,.0f} tok/s")
+        log({"step": step, "tokens": tokens, "train_loss": mean, "lr": lr, "grad_norm": norm.item(),
+             "tokens_per_s": rate, "elapsed_s": elapsed}, seen)
+        if seen or stopping:
+            save()
+        if stopping and not last:
+            say(f"stopped by {stop.received or 'a signal'} at update {step}; go on with the same "
+                "command and --init_from=resume")
+            return env.close()
+        loss_sum, counted, clock = torch.zeros_like(loss_sum), 0, time.perf_counter()
+
+    # ---- judged on the test split ----
+    env.sum(0)  # the best model is on disk
+    best = GPT.from_pretrained(out / "best").to(env.device)
+    after = evaluate(AnswerLoss(best), test, env)
+    if env.rank == 0:
+        texts = answers(best, tokenizer, [prompt for prompt, _ in test])
+        judged = [records[i] | {"answer": text} for i, text in zip(parts[2], texts)]
+        references = [row["output"] for row in judged]
+        nats = after * sum(len(answer) for _, answer in test)
+        results = {
+            "split": "test", "records": len(test), "loss_before": before, "loss": after,
+            "perplexity_before": math.exp(min(before, 700)),
+            "perplexity": math.exp(min(after, 700)),
+            "bits_per_byte": nats / math.log(2) / sum(len(text.encode()) for text in references),
+            "chrf": CHRF().corpus_score(texts, [references]).score,
+            "exact_match": sum(map(str.__eq__, texts, references)) / len(test),
+            "dev_loss": best_loss, "parameters": parameters, "trained_parameters": trained,
+            "tokens_per_s": tokens / elapsed, "peak_memory_mb": peak_memory_mb(env),
+            "seconds": elapsed, "seed": seed, "settings": settings}
+        for file, lines in (("answers.jsonl", map(json.dumps, judged)),
+                            ("results.json", [json.dumps(results, indent=1)])):
+            with replacing(out / file) as tmp:
+                tmp.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        print(table(judged[:num_answers], (*FIELDS, "answer")) if num_answers else "")
+        print(f"{step:,} updates in {elapsed:.0f} s; the {len(test):,} test answers: " + ", ".join(
+            f"{name} {results[name]:.4g}" for name in ("loss_before", "loss", "perplexity", "chrf",
+                                                       "exact_match"))
+            + f"\nall: {out / 'answers.jsonl'}; ask: python sample.py --init_from={out} "
+            "--instruct \"…\"")
+    return env.close()
+
+
+if __name__ == "__main__":
+    run(main, globals())

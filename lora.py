@@ -1,0 +1,152 @@
+"""Low-rank adapters on the linear layers of a GPT, and which part of it a fine-tuning trains.
+
+LoRA (Hu et al. 2021): y = W x + b + (alpha / rank) B A dropout(x). W and b are frozen; A (rank, in)
+starts at random, B (out, rank) at zero. The files are those of the PEFT library.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import replacing
+from model import open_safetensors, read_json
+
+TARGETS = ("c_attn", "c_proj", "c_fc")  # all linear layers of the blocks
+
+
+class LoRALinear(nn.Linear):
+    """An nn.Linear with an adapter; `weight` and `bias` are the base's own, under its names."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT, and nn.Linear itself
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+
+    def forward(self, x):
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
+        y = super().forward(x)
+        y += F.linear(low * (self.alpha / self.rank), self.lora_B)
+        return y
+
+
+def add_lora(model, rank: int, alpha: float, dropout: float = 0.0, targets=TARGETS):
+    """Freezes a GPT and puts trainable adapters on those linear layers of its blocks whose names
+    end in one of the targets, in place. To be called before DDP, torch.compile and the optimizer.
+    ValueError for a target that matches none."""
+    if type(rank) is not int or rank < 1 or not 0 <= dropout < 1:
+        raise ValueError(f"rank must be 1 or more, dropout in [0, 1); got {rank!r}, {dropout!r}")
+    linears = {f".{name}": module for name, module in model.named_modules()
+               if type(module) is nn.Linear and name != "lm_head"}
+    for target in targets or [""]:
+        if not any(name.endswith(f".{target}") for name in linears):
+            there = ", ".join(sorted({name.split(".", 4)[-1] for name in linears})) or "none"
+            raise ValueError(f"no linear layer to adapt is called {target!r}; there are: {there}")
+    model.requires_grad_(False)
+    model.lora_targets = list(targets)
+    ends = tuple(f".{target}" for target in targets)
+    _replace(model, {module for name, module in linears.items() if name.endswith(ends)},
+             lambda linear: LoRALinear(linear, rank, alpha, dropout))
+
+
+@torch.no_grad()
+def merge(model):
+    """Adds the adapters into the weights, in place: until `unmerge` the model is a plain GPT, which
+    can be saved, decoded and quantized as any other."""
+    def plain(layer):
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        delta = layer.lora_B @ layer.lora_A * (layer.alpha / layer.rank)
+        linear.weight, linear.bias = nn.Parameter(layer.weight + delta, False), layer.bias
+        linear.unmerged = [layer]  # in a list: no part of the model meanwhile
+        return linear
+    _replace(model, {m for m in model.modules() if isinstance(m, LoRALinear)}, plain)
+
+
+def unmerge(model):
+    """Puts the base and its adapters back, bit for bit as they were before `merge`."""
+    _replace(model, {m for m in model.modules() if hasattr(m, "unmerged")},
+             lambda linear: linear.unmerged[0])
+
+
+def _replace(model, chosen: set, make):
+    for name, module in list(model.named_modules()):
+        if module in chosen:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, make(module).train(module.training))
+
+
+def set_trainable(model, mode: str, train_blocks: int = 1, rank: int = 16, alpha: float = 32.0,
+                  dropout: float = 0.0, targets=TARGETS) -> int:
+    """Chooses what a fine-tuning trains of a GPT; returns how many parameters that is.
+
+    mode: full; last_layer (none: the layer on top is not part of the GPT); last_blocks (the last
+    `train_blocks` and the final LayerNorm); lora (as `add_lora`). ValueError for another.
+    """
+    blocks = model.transformer.h
+    parts = {"full": [model], "last_layer": [], "lora": [],
+             "last_blocks": [*blocks[-train_blocks:], model.transformer.ln_f]}
+    if mode not in parts:
+        raise ValueError(f"mode={mode!r} is unknown: {', '.join(parts)}")
+    if mode == "last_blocks" and not 1 <= train_blocks <= len(blocks):
+        raise ValueError(f"train_blocks must be in 1 … {len(blocks)}, got {train_blocks}")
+    model.requires_grad_(False)
+    for part in parts[mode]:
+        part.requires_grad_(True)
+    if mode == "lora":
+        add_lora(model, rank, alpha, dropout, targets)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ---- files ----
+
+def adapter_tensors(model) -> dict:
+    """The adapters' parameters under the names that PEFT gives them in a file."""
+    return {f"base_model.model.{name}.weight": p.detach()
+            for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+
+
+def save_adapter(model, folder, base_name: str):
+    """Writes adapter_config.json and adapter_model.safetensors as PEFT's PeftModel.from_pretrained
+    reads them. base_name: the hub name or folder of the model that they belong to."""
+    from safetensors.torch import save_file
+    layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
+        "r": layer.rank, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "bias": "none",
+        "target_modules": model.lora_targets, "fan_in_fan_out": True,  # their layers are Conv1D
+        "inference_mode": True}
+    with replacing(Path(folder) / "adapter_model.safetensors") as tmp:
+        save_file(adapter_tensors(model), tmp, {"format": "pt"})
+        tmp.chmod(0o644)  # safetensors leaves 0600
+    with replacing(Path(folder) / "adapter_config.json") as tmp:
+        tmp.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(model, folder):
+    """Puts the adapters that `save_adapter` or PEFT wrote on a GPT, in place. ValueError for those
+    of another base, with the shapes, and for kinds that we would not compute."""
+    config, found = read_json(Path(folder) / "adapter_config.json"), {}
+    known = {"peft_type": ["LORA"], "use_rslora": [False], "alpha_pattern": [{}, None],
+             "init_lora_weights": [True, False, "gaussian"]}  # others change the base
+    for key, fits in known.items():
+        if config.get(key, fits[0]) not in fits:
+            raise ValueError(f"{folder}: {key}={config[key]!r} is not supported, only {fits[0]!r}")
+    open_safetensors(Path(folder) / "adapter_model.safetensors", found)
+    names = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in found}
+    add_lora(model, config.get("r", 8), config.get("lora_alpha", 8),
+             config.get("lora_dropout", 0.0), sorted(names))
+    ours = adapter_tensors(model)
+    for key in sorted(ours.keys() | found.keys()):
+        shape, want = (list(tensors[key].shape if tensors is ours else tensors[key][0])
+                       if key in tensors else "none" for tensors in (found, ours))
+        if shape != want:
+            raise ValueError(f"{folder} is an adapter for another base: {key} has shape {shape}, "
+                             f"this model needs {want}")
+    for key, parameter in ours.items():
+        parameter.copy_(found[key][1]())

@@ -1,0 +1,531 @@
+"""Adapters against PEFT in float64; instruction tuning from records to answers."""
+
+import gzip
+import itertools
+import json
+import lzma
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import finetune_instruct as script
+from common import load_model, save_best
+from configurator import configure, find_settings
+from lora import (
+    LoRALinear,
+    add_lora,
+    load_adapter,
+    merge,
+    save_adapter,
+    set_trainable,
+    unmerge,
+)
+from model import GPT, GPTConfig, load_torch
+from tokenizer import char_tokenizer, open_tokenizer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+HERE = Path(__file__).parent
+RECORDS = HERE / "../shared/data/instruct/instruction-data.json"
+DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(script)).items()}
+
+
+def tiny(seed=0, **options) -> GPT:
+    """All parameters random at std 0.3: a default init hides mistakes."""
+    torch.manual_seed(seed)
+    sizes = {"block_size": 40, "vocab_size": 97, "n_layer": 3, "n_head": 4, "n_embd": 32}
+    model = GPT(GPTConfig(**sizes | options)).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def ids(B=2, T=20):
+    return torch.randint(97, (B, T), generator=torch.Generator().manual_seed(0))
+
+
+def randomise(model, std=0.3):
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=std)
+
+
+# ---- adapters ----
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_identity_at_first_and_merged_equals_unmerged(bias):
+    model = tiny(bias=bias)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = model(ids())[0]
+    add_lora(model, rank=4, alpha=6.0, dropout=0.5)
+    assert torch.equal(model.eval()(ids())[0], before)
+    randomise(model)
+    after = model(ids())[0]
+    assert (after - before).abs().max() > 1
+    merge(model)
+    assert model.state_dict().keys() == base.keys()  # a plain GPT
+    assert (model(ids())[0] - after).abs().max() < 1e-10
+    assert not torch.equal(model.state_dict()["transformer.h.1.mlp.c_fc.weight"],
+                           base["transformer.h.1.mlp.c_fc.weight"])
+    unmerge(model)
+    assert torch.equal(model(ids())[0], after)
+    for name, tensor in base.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_only_the_adapters_are_trained():
+    model = tiny()
+    r, C = 4, 32
+    assert set_trainable(model, "lora", rank=r) == 3 * r * (C + 3 * C + 2 * C + 2 * (C + 4 * C))
+    model(ids()[:, :-1], ids()[:, 1:])[1].backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == ("lora_" in name), name
+    linears = {n for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+    assert len(linears) == 12 and all(".h." in n for n in linears)
+    model = tiny(tie_word_embeddings=False)
+    add_lora(model, 2, 2.0, targets=["attn.c_proj", "transformer.h.1.mlp.c_fc"])
+    assert {n for n, m in model.named_modules() if isinstance(m, LoRALinear)} == {
+        *(f"transformer.h.{i}.attn.c_proj" for i in range(3)), "transformer.h.1.mlp.c_fc"}
+
+
+def test_modes():
+    total = tiny().num_params()
+    block = sum(p.numel() for p in tiny().transformer.h[0].parameters())
+    assert set_trainable(tiny(), "full") == total
+    assert set_trainable(tiny(), "last_layer") == 0
+    assert set_trainable(tiny(), "last_blocks", 2) == 2 * block + 2 * 32
+    for mode, blocks, word in (("some", 1, "full, last_layer, lora, last_blocks"),
+                               ("last_blocks", 4, "1 … 3"), ("last_blocks", 0, "1 … 3")):
+        with pytest.raises(ValueError, match=word):
+            set_trainable(tiny(), mode, blocks)
+
+
+def test_dropout_falls_on_what_the_adapters_read_alone():
+    model = tiny()
+    add_lora(model, 4, 4.0, dropout=0.5)
+    model.train()
+    assert torch.equal(model(ids())[0], model(ids())[0])  # B = 0
+    randomise(model)
+    assert not torch.equal(model(ids())[0], model(ids())[0])
+
+
+def test_compile_and_bfloat16():
+    model = tiny().float()
+    add_lora(model, 4, 8.0)
+    randomise(model, 0.05)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    x, y = ids()[:, :-1], ids()[:, 1:]
+    losses, grads = [], []
+    for net, kind in ((model, torch.float32), (whole, torch.float32), (model, torch.bfloat16)):
+        model.zero_grad()
+        with torch.autocast("cpu", kind, enabled=kind != torch.float32):
+            loss = net(x, y)[1]
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(model.transformer.h[1].mlp.c_proj.lora_A.grad.clone())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=3e-2)
+    assert (grads[1] - grads[0]).abs().max() < 1e-4
+    assert F.cosine_similarity(grads[2].flatten(), grads[0].flatten(), 0) > 0.9
+
+
+TARGETS = [["c_attn"], ["attn.c_proj", "c_fc"], ["c_attn", "c_proj", "c_fc"],
+           ["transformer.h.2.mlp.c_proj", "transformer.h.0.attn.c_attn"]]
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_peft_gives_our_logits_and_we_give_its(tmp_path, targets):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    model = tiny()
+    model.save_pretrained(tmp_path / "base")
+
+    def theirs():
+        return transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+
+    assert theirs().dtype == torch.float64
+    add_lora(model, 4, 10.0, 0.1, targets)
+    randomise(model)
+    save_adapter(model, tmp_path / "ours", tmp_path / "base")
+    hf = peft.PeftModel.from_pretrained(theirs(), tmp_path / "ours", autocast_adapter_dtype=False)
+    assert (hf(ids()).logits - model(ids())[0]).abs().max() < 1e-10
+    assert sum("lora_" in n for n, _ in hf.named_parameters()) == sum(
+        "lora_" in n for n, _ in model.named_parameters())
+
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, fan_in_fan_out=True,
+                             lora_dropout=0.1, task_type="CAUSAL_LM")
+    hf = peft.get_peft_model(theirs(), config, autocast_adapter_dtype=False).eval()
+    randomise(hf)
+    hf.save_pretrained(tmp_path / "theirs")
+    model = GPT.from_pretrained(tmp_path / "base")
+    load_adapter(model, tmp_path / "theirs")
+    assert (hf(ids()).logits - model(ids())[0]).abs().max() < 1e-10
+    save_adapter(model, tmp_path / "again", tmp_path / "base")
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors")
+                    for name in ("theirs", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    model = tiny()
+    add_lora(model, 4, 8.0)
+    save_adapter(model, tmp_path, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert config["fan_in_fan_out"] is True
+    assert config["target_modules"] == ["c_attn", "c_proj", "c_fc"]
+    for other, word in (({"n_embd": 64}, r"\[4, 32\].*needs \[4, 64\]"),
+                        ({"n_layer": 2}, r"h\.2\.")):
+        with pytest.raises(ValueError, match=word):
+            load_adapter(tiny(**other), tmp_path)
+    for change, word in (({"use_rslora": True}, "use_rslora=True"), ({"peft_type": "IA3"}, "IA3"),
+                         ({"init_lora_weights": "pissa"}, "pissa"), ({"r": 8}, r"needs \[8, 32\]"),
+                         ({"alpha_pattern": {"c_fc": 1}}, "alpha_pattern"), ({"r": "4"}, "rank")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=word):
+            load_adapter(tiny(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    first = min(tensors)
+    for change, word in (({first: None}, "shape none"),
+                         ({"base_model.model.x.lora_A.weight": torch.ones(2)}, "'x'"),
+                         ({first.replace("lora_A", "lora_x"): torch.ones(2)}, "needs none")):
+        changed = {k: v for k, v in (tensors | change).items() if v is not None}
+        save_file(changed, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=word):
+            load_adapter(tiny(), tmp_path)
+    with pytest.raises(OSError, match="No such file"):
+        load_adapter(tiny(), tmp_path / "nothing")
+    for targets in (["c_attention"], [], ["c_attn", "wte"], ["lm_head"]):
+        with pytest.raises(ValueError, match=r"attn\.c_attn"):
+            add_lora(tiny(tie_word_embeddings=False), 4, 8.0, targets=targets)
+    for rank, dropout in ((0, 0.0), (4, 1.0)):
+        with pytest.raises(ValueError, match="rank must be"):
+            add_lora(tiny(), rank, 8.0, dropout)
+
+
+# ---- records and templates ----
+
+def write_records(path, records):
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_every_format_gives_the_same_records(tmp_path, monkeypatch):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = [{"instruction": f"do {i} ", "input": " x\u2028y" * (i % 2), "output": f"\n done é {i}"}
+            for i in range(5)]
+    want = [{k: v.strip() for k, v in row.items()} for row in rows]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "d.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "e.parquet")
+    for file in sorted(tmp_path.iterdir()):
+        assert script.read_records(str(file)) == want, file
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
+    assert script.read_records("some/set") == want
+    without = [{"instruction": "a", "output": "b"},
+               {"instruction": "a", "input": None, "output": "b"}]
+    file = write_records(tmp_path / "f.json", without)
+    assert [record["input"] for record in script.read_records(str(file))] == ["", ""]
+
+
+@pytest.mark.parametrize(("row", "word"), [
+    ({"instruction": "a", "input": ""}, "output is None"),
+    ({"instruction": "a", "output": " \n"}, r"output is ' \\n'"),
+    ({"instruction": "a", "output": 3}, "output is 3"), ("text", "instruction is None"),
+    ({"instruction": "", "output": "b"}, "instruction is ''"),
+    ({"instruction": "a", "input": ["b"], "output": "b"}, r"input is \['b'\]")])
+def test_a_record_that_cannot_be_used_is_named(tmp_path, row, word):
+    file = write_records(tmp_path / "r.json", [{"instruction": "a", "output": "b"}, row])
+    with pytest.raises(ValueError, match=rf"record 2 of \S+r\.json: {word}"):
+        script.read_records(str(file))
+
+
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
+    for name, content in (("a.json", b"[{"), ("b.jsonl", b"no json"), ("c.json", b"\xff\xfe"),
+                          ("d.json.gz", b"no gzip"), ("e.parquet", b"no parquet")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read .*{name} as records"):
+            script.read_records(str(tmp_path / name))
+    with pytest.raises(ValueError, match="hub data set"):
+        script.read_records("./nothing")
+
+
+def test_templates(tmp_path, monkeypatch):
+    whole = "".join(script.fill(script.ALPACA, "Add {input} up.", "1 {output} 2"))
+    assert whole.endswith("### Instruction:\nAdd {input} up.\n\n### Input:\n1 {output} 2\n\n"
+                          "### Response:\n")
+    head, tail = script.fill(script.ALPACA, "Count.")
+    assert head.endswith("### Instruction:\nCount.") and tail == "\n\n### Response:\n"
+    assert script.fill("{instruction} {input}> {output}", "a") == ("a", " > ")
+    assert script.fill("{input}\n\n{instruction}\n{output}", "a", "b") == ("b", "\n\na\n")
+    for text, word in (("{input} {output}", r"\{instruction\}"),
+                       ("{instruction} {output}", r"\{input\}"),
+                       ("{instruction} {input}", r"\{output\}"),
+                       ("{instruction} {input} {output} end", "must end with")):
+        (tmp_path / "t").write_text(text)
+        monkeypatch.setattr(script, "template", str(tmp_path / "t"))
+        with pytest.raises(ValueError, match=word):
+            script.read_template()
+    (tmp_path / "t").write_text("{instruction}|{input}|{output}\n")
+    assert script.read_template() == "{instruction}|{input}|{output}"
+
+
+def test_long_prompts_lose_the_end_of_their_input():
+    tok = open_tokenizer("bytes")
+    form = "I: {instruction}\n\nIn: {input}\n\nA:{output}"
+    records = [{"instruction": "copy", "input": "abcdefghij", "output": "xyz"},
+               {"instruction": "copy much", "input": "", "output": "xyz"}]
+
+    def texts(T):
+        rows, cuts = script.encode(records, tok, form, T)
+        for prompt, answer in rows:
+            assert len(prompt) + len(answer) - 1 <= T and answer == [*b"xyz", 255]
+        return [bytes(prompt) for prompt, _ in rows], cuts
+
+    full = [b"I: copy\n\nIn: abcdefghij\n\nA:", b"I: copy much\n\nA:"]
+    assert texts(30) == (full, 0) and len(full[0]) + 3 == 30
+    assert texts(27) == ([b"I: copy\n\nIn: abcdefg\n\nA:", full[1]], 1)
+    assert texts(17) == ([b"I: copy\n\nI\n\nA:", b"I: copy mu\n\nA:"], 2)
+    assert texts(5) == ([b"A:", b"A:"], 2)
+    with pytest.raises(ValueError, match=r"record 1 .*4 tokens.* context of 3"):
+        script.encode(records, tok, form, 3)
+    with pytest.raises(ValueError, match="no end-of-text"):
+        script.encode(records, char_tokenizer("abc"), form, 40)
+    with pytest.raises(ValueError, match="record 1 .*alphabet"):
+        script.encode(records, char_tokenizer(["abc"], "c"), form, 40)
+
+
+def test_splits(monkeypatch):
+    records = [{"instruction": f"i{n}", "input": "", "output": "o"} for n in range(1100)]
+    records[7] = records[900] = records[33] | {"output": "p"}
+    train, dev, test = script.split(records)
+    assert (len(train), len(dev), len(test)) == (935, 55, 110)
+    assert sorted(train + dev + test) == list(range(1100)) and {7, 33, 900} <= set(train)
+    assert script.split(records) == [train, dev, test]
+    monkeypatch.setattr(script, "seed", 1)
+    assert script.split(records)[2] != test
+    assert [len(part) for part in script.split(records[:3])] == [1, 1, 1]
+    with pytest.raises(ValueError, match="has 2 records"):
+        script.split(records[:2])
+
+
+def test_epochs_visit_every_record_once_and_batches_are_of_similar_length(monkeypatch):
+    monkeypatch.setattr(script, "batch_size", 8)
+    lengths = torch.randint(1, 90, (83,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [([0] * n, [0]) for n in lengths]
+    epochs = [script.epoch_batches(rows, epoch) for epoch in (0, 0, 1)]
+    for batches in epochs:
+        assert sorted(itertools.chain(*batches)) == list(range(83))
+        assert len(batches) == 11 and {len(b) for b in batches} == {7, 8}
+        assert sum(max(lengths[i] for i in b) * len(b) for b in batches) < 1.1 * sum(lengths)
+    as_lists = [[b.tolist() for b in batches] for batches in epochs]
+    assert as_lists[0] == as_lists[1] != as_lists[2]
+
+
+# ---- losses ----
+
+@pytest.mark.parametrize("on_all", [False, True])
+def test_a_batch_has_the_loss_and_gradients_of_its_records_alone(on_all):
+    model = tiny()
+    rows = [(list(range(5, 12)) + [20 + n] * n, [30 + n] * m)
+            for n, m in ((1, 4), (9, 2), (3, 20), (5, 1))]
+    prefix, x, at, targets = script.collate(rows, on_all, "cpu")
+    assert prefix.tolist() == [[]] if on_all else [[5, 6, 7, 8, 9, 10, 11]]
+    assert x.shape == (4, 29 if on_all else 22) and len(at) == len(targets)
+    total = 0.0
+    for prompt, answer in rows:  # by the logits of the plain model
+        row = torch.tensor([prompt + answer])
+        logp = F.log_softmax(model(row)[0][0], -1)
+        first = 1 if on_all else len(prompt)
+        total -= sum(logp[i - 1, row[0, i]] for i in range(first, row.size(1)))
+    total.backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss = script.AnswerLoss(model)(prefix, x, at, targets)
+    loss.backward()
+    assert abs(loss.item() - total.item()) < 1e-10
+    for name, p in model.named_parameters():
+        assert (p.grad - want[name]).abs().max() < 1e-10, name
+    env = script.Device("cpu")
+    mean = script.evaluate(script.AnswerLoss(model), rows, env)
+    if not on_all:
+        assert math.isclose(mean, total.item() / 27, rel_tol=1e-12)
+
+
+def test_answers_of_a_batch_are_those_of_each_alone(monkeypatch):
+    monkeypatch.setattr(script, "max_new_tokens", 9)
+    tok = char_tokenizer(["abcdefgh"], "h")
+    model = tiny(3, vocab_size=8, tie_word_embeddings=False)
+    prompts = [[1, 2, 3], [4], [0, 0, 5, 6, 1, 2, 3, 3], [6, 1]]
+    together = script.answers(model, tok, prompts)
+    alone = []
+    for prompt in prompts:
+        new = model.generate(torch.tensor([prompt]), 9, temperature=0.0, eos_id=7)[0, len(prompt):]
+        alone.append(tok.decode(new.tolist()).split("h")[0])
+    assert together == alone == ["", "", "ccccccccc", "c"]
+
+
+# ---- whole runs ----
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A random body of byte tokens, and records whose answer is a function of a letter."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32))
+    for name, p in model.named_parameters():
+        if p.dim() > 1:  # embeddings that can tell 256 ids apart, as they stay frozen
+            torch.nn.init.normal_(p, std=0.3 if ".wt" in name else 0.1)
+    save_best(folder, model, open_tokenizer("bytes"))
+    records = [{"instruction": "say", "input": f"{n:02x}{word[0]}", "output": word}
+               for n, word in zip(range(120), itertools.cycle(["ja", "no", "oui"]))]
+    write_records(folder / "data.json", records)
+    (folder / "template").write_text("{instruction}\n\n{input}\n\n>{output}")
+    return folder
+
+
+def run_script(base, out, *argv):
+    vars(script).update(DEFAULTS)
+    configure(vars(script), [
+        f"--init_from={base}", f"--data={base}/data.json", f"--template={base}/template",
+        f"--out_dir={out}", "--device=cpu", "--batch_size=17", "--max_new_tokens=6",
+        "--log_interval=1", *argv])
+    script.main()
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("mode", "rate", "epochs"), [
+    ("full", 1e-2, 12), ("lora", 1e-2, 20), ("last_blocks", 1e-2, 16)])
+def test_every_mode_learns_to_answer(base, tmp_path, capsys, monkeypatch, mode, rate, epochs):
+    monkeypatch.setenv("COLUMNS", "60")
+    run_script(base, tmp_path, f"--mode={mode}", f"--learning_rate={rate}", f"--epochs={epochs}",
+               "--train_blocks=1", "--lora_rank=8")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["exact_match"] == 1 and results["chrf"] == 100 and results["loss"] < 0.1
+    assert results["loss_before"] > 3 and results["split"] == "test" and results["records"] == 12
+    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and all(line["answer"] == line["output"] for line in lines)
+    shown = capsys.readouterr().out
+    cells = shown[shown.index("instruction "):shown.rindex("-+-")].splitlines()
+    assert len(cells) > 20 and max(map(len, cells)) <= 60
+    rows = rows_of(tmp_path)
+    assert rows[0]["step"] == 0 and rows[-1]["step"] == epochs * 6 and "val_loss" in rows[-1]
+    assert min(r["val_loss"] for r in rows if "val_loss" in r) == pytest.approx(results["dev_loss"])
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    form = (tmp_path / "best" / "template.txt").read_text()
+    assert form == "{instruction}\n\n{input}\n\n>{output}\n"
+    model, tok = load_model(str(tmp_path))  # as sample.py does
+    prompt = tok.encode("say\n\nf3n\n\n>").tolist()
+    assert script.answers(model, tok, [prompt]) == ["no"]
+
+    old, new = GPT.from_pretrained(base).state_dict(), load_torch(tmp_path / "ckpt.pt")["model"]
+    frozen = {"full": [], "lora": old,
+              "last_blocks": [n for n in old if ".h.1." not in n and "ln_f" not in n]}
+    assert all(torch.equal(old[name], new[name]) for name in frozen[mode])
+    assert all(not torch.equal(old[name], new[name]) for name in old if name not in frozen[mode])
+    if mode == "lora":
+        transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+        assert results["trained_parameters"] == 2 * 8 * (4 * 32 + 2 * 32 + 2 * 5 * 32)
+        hf = transformers.GPT2LMHeadModel.from_pretrained(base / "best").eval()
+        hf = peft.PeftModel.from_pretrained(hf, tmp_path / "adapter")
+        x = torch.tensor([prompt])
+        assert (hf(x).logits - model(x)[0]).abs().max() < 1e-4
+        assert hf.peft_config["default"].base_model_name_or_path == f"{base}/best"
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode):
+    options = (f"--mode={mode}", "--epochs=2", "--dropout=0.1", "--lora_dropout=0.2")
+    run_script(base, tmp_path / "whole", *options)
+
+    class Stop:  # asked once an update
+        asked = 0
+
+        @property
+        def received(self):
+            self.asked += 1
+            return "SIGINT" if self.asked == 8 else None
+
+    monkeypatch.setattr(script, "StopSignal", Stop)
+    run_script(base, tmp_path / "cut", *options)
+    assert load_torch(tmp_path / "cut" / "ckpt.pt")["step"] == 8
+    assert not (tmp_path / "cut" / "results.json").exists()
+    monkeypatch.undo()
+    run_script(base, tmp_path / "cut", *options, "--init_from=resume")
+    whole, cut = (load_torch(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 12 and whole["best_loss"] == cut["best_loss"]
+    assert whole["before"] == cut["before"] and whole["base"] == cut["base"]
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, cut["model"][name]), name
+    rows, again = ([{k: v for k, v in row.items() if k not in ("elapsed_s", "tokens_per_s")}
+                    for row in rows_of(tmp_path / name)] for name in ("whole", "cut"))
+    assert rows == again and len(rows) == 13
+    assert (tmp_path / "whole" / "answers.jsonl").read_text() == (
+        tmp_path / "cut" / "answers.jsonl").read_text()
+    capsys.readouterr()
+    run_script(base, tmp_path / "cut", *options, "--init_from=resume")
+    assert "is finished: 12 updates" in capsys.readouterr().out
+    for change, word in (("--seed=3", "seed=1337, not 3"), ("--batch_size=4", "batch_size=17"),
+                         ("--mode=last_blocks", f"mode={mode}")):
+        with pytest.raises(ValueError, match=word):
+            run_script(base, tmp_path / "cut", *options, "--init_from=resume", change)
+
+
+def test_two_ranks_equal_one(base, tmp_path):
+    run_script(base, tmp_path / "one", "--epochs=1")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         HERE / "finetune_instruct.py", f"--init_from={base}", f"--data={base}/data.json",
+         f"--template={base}/template", f"--out_dir={tmp_path}/two", "--device=cpu",
+         "--batch_size=17", "--max_new_tokens=6", "--log_interval=1", "--epochs=1"],
+        capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for one, two in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        for key in {"step", "tokens", "train_loss", "grad_norm", "val_loss"} & one.keys():
+            assert one[key] == pytest.approx(two[key], rel=1e-4), (key, one, two)
+    one, two = (load_torch(tmp_path / name / "ckpt.pt")["model"] for name in ("one", "two"))
+    for name, tensor in one.items():
+        assert (tensor - two[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize(("argv", "word"), [
+    (["--mode=adapters"], "full, last_layer"), (["--epochs=0"], "epochs must"),
+    (["--batch_size=0"], "batch_size must"), (["--init_from=resume"], "to resume from"),
+    (["--lora_targets=c_at"], r"attn\.c_attn"),
+    (["--train_blocks=9", "--mode=last_blocks"], "1 … 2"),
+    (["--block_size=2"], "record 1 .*context of 2"), (["--block_size=99"], "32 positions"),
+    (["--init_from=./nothing"], "no folder"), (["--lora_rank=0"], "rank must")])
+def test_mistakes_are_one_line(base, tmp_path, argv, word):
+    with pytest.raises(ValueError, match=word) as e:
+        run_script(base, tmp_path, *argv)
+    assert "\n" not in str(e.value)
+
+
+def test_the_real_records():
+    if not RECORDS.is_file():
+        pytest.skip("../shared/data/instruct is not here")
+    records = script.read_records(str(RECORDS))
+    vars(script).update(DEFAULTS)
+    parts = script.split(records)
+    assert [len(part) for part in parts] == [935, 55, 110]
+    train, dev, test = ({(records[i]["instruction"], records[i]["input"]) for i in part}
+                        for part in parts)
+    assert not train & test and not train & dev and not dev & test
+    rows, cuts = script.encode(records, open_tokenizer("bytes"), script.ALPACA, 700)
+    assert cuts == 0 and len(rows) == 1100
