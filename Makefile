@@ -1,9 +1,9 @@
 # make run: the quick start. make test: everything the tests need, then the tests. make faults: what
-# kills, full disks and damaged files do to a run, some minutes.
+# kills, full disks and damaged files do to a run, some minutes. make report: docs/report.pdf.
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: run test faults clean
+.PHONY: run test faults report clean
 
 run: .venv/installed
 	@test -f data/shakespeare/meta.json || $(PY) prepare_text.py
@@ -17,6 +17,11 @@ test: .venv/installed-dev
 faults: .venv/installed-dev
 	$(PY) test_faults.py
 
+report: .venv/installed
+	$(PY) -m pip install --quiet -r requirements-docs.txt
+	$(PY) docs/figures.py loss
+	$(PY) docs/figures.py report
+
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "taleGPT needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
@@ -28,4 +33,4 @@ faults: .venv/installed-dev
 	@touch $@
 
 clean:
-	rm -rf .venv out
+	rm -rf .venv

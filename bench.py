@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -330,9 +329,7 @@ def measure_steps(who: str, kind: str):
             update.zero_grad(set_to_none=True)
             lap()
             parts.append([b - a for a, b in itertools.pairwise(at)])
-    peak = torch.cuda.max_memory_allocated() / 1e9 if env.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps({"parts": parts[1:], "peak": peak}))
+    print(json.dumps({"parts": parts[1:], "peak": (env.peak_memory() or 0) / 1e9}))
 
 
 def train_step():

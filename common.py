@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import naming, replacing
-from model import GPT, hub_file, load_torch
+from data import naming, replacing, write_text
+from model import GPT, hub_file, load_torch, local_folder, read_json
 
 # Dense bfloat16 peak of chips in FLOP/s, from the makers' data sheets, by a part of the name that
 # torch.cuda.get_device_name gives. A chip that is not here has no MFU rather than a wrong one.
@@ -106,9 +106,43 @@ class Device:
         dist.all_reduce(total)
         return total.tolist()
 
+    def peak_memory(self) -> int | None:
+        """The most bytes that this process has held: of the GPU, or resident."""
+        if self.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        try:
+            from resource import RUSAGE_SELF, getrusage
+        except ImportError:  # Windows
+            return None
+        return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def update(self, optimizer, parameters, grad_clip: float) -> torch.Tensor:
+        """One update from the gradients, which are then cleared; float16's scale is taken out and
+        their norm, returned as it was, cut to grad_clip (0: not at all)."""
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def read_settings(script: dict, least: dict, choices: dict | None = None) -> dict:
+    """The settings among a script's globals, by name; ValueError for one that is below its least
+    value or none of its choices."""
+    settings = {k: v for k, v in script.items() if not k.startswith("_") and k.islower()
+                and isinstance(v, (int, float, str, list, type(None)))}
+    for name, low in least.items():
+        if settings[name] is not None and settings[name] < low:
+            raise ValueError(f"{name} must be at least {low}, got {settings[name]}")
+    for name, known in (choices or {}).items():
+        if settings[name] not in known:
+            raise ValueError(f"{name} must be {' or '.join(known)}, got {settings[name]!r}")
+    return settings
 
 
 def keep_freed_memory():
@@ -190,8 +224,8 @@ class StopSignal:
 
 # What a checkpoint of train.py must hold, before anything in it is used.
 CHECKPOINT = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict,
-              "step": int, "tokens": int, "windows": int, "elapsed_s": float, "best_loss": float,
-              "tokenizer": str}
+              "step": int, "tokens": int, "windows": int, "skipped": int, "elapsed_s": float,
+              "best_loss": float, "tokenizer": str}
 
 
 @contextmanager
@@ -259,10 +293,11 @@ def read_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path} is damaged: {what}") from None
     if damaged:
         raise ValueError(f"{path} is damaged: {damaged!r} in it has another checksum")
-    checkpoint = load_torch(path)
+    checkpoint = {"skipped": 0} | load_torch(path)
     for name, kind in CHECKPOINT.items():
         value = checkpoint.get(name)
-        if not isinstance(value, kind) or kind is int and (value is True or value < 0):
+        if not isinstance(value, kind) or isinstance(value, bool) or kind is int and value < 0 or (
+                name == "elapsed_s" and not math.isfinite(value)):
             raise ValueError(f"{path} was not written by train.py (its {name} is "
                              f"{type(value).__name__}); convert.py reads nanoGPT's")
     return checkpoint
@@ -307,12 +342,14 @@ def restore(update, saved: dict):
         old |= {key: value for key, value in new.items() if key != "params"}
     update.load_state_dict(saved)
     for group in update.param_groups:
+        names = ["momentum_buffer"] if "parts" in group else ["exp_avg", "exp_avg_sq", "step"]
         for p in group["params"]:
-            tensors = {k: v for k, v in update.state[p].items() if isinstance(v, torch.Tensor)}
-            if not tensors or any(t.shape not in ((), p.shape) for t in tensors.values()):
+            state = update.state[p]
+            if {key: getattr(value, "shape", None) for key, value in state.items()} != {
+                    name: () if name == "step" else p.shape for name in names}:
                 raise ValueError("the state of its optimizer is of other parameters")
-            for key, tensor in tensors.items():  # else the file stays mapped, and on disk, for good
-                update.state[p][key] = tensor.clone()
+            for key in names:  # else the file stays mapped, and on disk, for good
+                state[key] = state[key].clone()
 
 
 def clear_up(out_dir: Path, checkpoint: Path | None):
@@ -348,8 +385,7 @@ class Metrics:
         self.rows = []
         if resume_step is not None:
             self.rows = [row for row in self.read(self.path) if row["step"] <= resume_step]
-        with replacing(self.path) as tmp:
-            tmp.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     @staticmethod
     def read(path) -> list[dict]:
@@ -392,8 +428,8 @@ class Metrics:
         return "\n".join([*lines, f"{' ' * 8}└{'─' * width}",
                           f"{'training loss, 0':>24}{f'{points[-1][0]:,} tokens':>{width - 15}}"])
 
-    def plot(self):
-        """Training and validation loss against tokens."""
+    def plot(self, unit: str = "token"):
+        """Training and validation loss, in nats a unit, against tokens."""
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
@@ -407,7 +443,7 @@ class Metrics:
         if last:
             ax.set_title(f"validation loss {last['val_loss']:.4f} after {last['step']:,} steps, "
                          f"{last['elapsed_s'] / 60:.1f} min of training", fontsize=10)
-        ax.set(xlabel="training tokens", ylabel="loss (nats a token)")
+        ax.set(xlabel="training tokens", ylabel=f"loss (nats a {unit})")
         ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         ax.grid(alpha=0.25)
         ax.legend(frameon=False)
@@ -419,12 +455,16 @@ class Metrics:
 def set_aside(out_dir: Path):
     """Moves the run that a folder holds into OUT/previous, in place of what that held. Killed in
     between, it goes on where it was; the newest checkpoint moves in one step."""
-    moving, previous = out_dir / "previous.tmp", out_dir / "previous"
+    # not *.tmp: those clear_up removes, as files
+    moving, previous = out_dir / "previous.part", out_dir / "previous"
     found = checkpoints(out_dir)
-    if not found and not moving.is_dir():
+    if not found and not moving.is_dir() and not (out_dir / "results.json").is_file():
         return
     moving.mkdir(exist_ok=True)
-    for name in [*(path.name for path in reversed(found)), "metrics.jsonl", "loss.png", "best"]:
+    for name in [*(path.name for path in reversed(found)), "metrics.jsonl", "loss.png", "best",
+                 "adapter", "answers.jsonl", "confusion.png", "predictions", *(
+                     path.name for kind in ("predictions_*.csv", "generated_*.txt", "dev_*.txt")
+                     for path in out_dir.glob(kind)), "results.json"]:
         if (out_dir / name).exists():
             os.replace(out_dir / name, moving / name)
     shutil.rmtree(previous, ignore_errors=True)
@@ -455,15 +495,34 @@ def command_line(**changes) -> str:
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *words])
 
 
+def newest_run() -> str:
+    """The run folder under out/ that was written last; without one `weights`, which it says.
+    ValueError if there is neither."""
+    runs = [file.parent for file in Path("out").glob("*/ckpt.pt")]
+    if not runs:
+        local_folder("weights")
+        print("no run under out/ yet: this is the model in weights/, which came with the code")
+        return "weights"
+    return str(max(runs, key=lambda run: (run / "ckpt.pt").stat().st_mtime))
+
+
 def load_model(name, tokenizer=None, **options):
-    """(GPT, its Tokenizer) of a run folder, a Hugging Face folder or a hub name.
+    """(GPT, its Tokenizer) of a run folder, a Hugging Face folder or a hub name; of a folder with
+    low-rank adapters in PEFT's format, their base with the adapters merged.
 
     options go to GPT.from_pretrained. A model without tokenizer files is taken for GPT-2's; another
     tokenizer, or its name, may be given. ValueError when its size is not the model's.
     """
     from tokenizer import from_json, open_tokenizer
+    folder = local_folder(name)
+    if (folder / "adapter_config.json").is_file():
+        from lora import load_adapter, merge
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        model, tokenizer = load_model(str(base), tokenizer, **options)
+        load_adapter(model, folder)
+        merge(model)
+        return model, tokenizer
     model = GPT.from_pretrained(name, **options)
-    folder = Path(name)
     if tokenizer is not None:
         tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     elif (folder / "ckpt.pt").is_file() and not (folder / "best" / "config.json").is_file():

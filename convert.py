@@ -3,6 +3,7 @@
     python convert.py --input=out/tinystories --out=export/tinystories-124m --licence=cdla-sharing-1.0
     python convert.py --input=../nanoGPT/out-shakespeare-char/ckpt.pt --out=export/shakespeare \\
         --tokenizer=../nanoGPT/data/shakespeare_char/meta.pkl
+    python convert.py config/weights.py
 
 The folder it writes is complete: transformers' GPT2LMHeadModel, AutoTokenizer and
 pipeline("text-generation") load it offline, and so does --init_from of the scripts here.
@@ -16,7 +17,7 @@ import torch
 
 from common import Metrics, load_model
 from configurator import run
-from data import replacing
+from data import write_text
 from model import GPT, GPTConfig, load_torch
 from tokenizer import char_tokenizer, open_tokenizer
 
@@ -26,6 +27,7 @@ tokenizer: str | None = None  # gpt2, bytes, a file or folder, nanoGPT's meta.pk
 dtype: str | None = None  # float32, bfloat16 or float16; None: as it is
 revision: str | None = None  # of a hub name
 licence = "unknown"  # of the weights, for the card: an SPDX-like id such as mit or cdla-sharing-1.0
+notes: list[str] = []  # further lines of the card, `Name: text`
 
 
 def load_nanogpt(path) -> tuple[GPT, dict]:
@@ -75,14 +77,25 @@ def facts(folder: Path) -> dict:
     if not (folder / "ckpt.pt").is_file():
         return {}
     checkpoint = load_torch(folder / "ckpt.pt")
-    found = {"Data": checkpoint["settings"]["dataset"], "Command": f"`{checkpoint['command']}`",
-             "Training": f"{checkpoint['step']:,} steps, {checkpoint['tokens']:,} tokens"}
+    settings = checkpoint["settings"]
+    found = {"Training": f"{checkpoint['step']:,} steps, {checkpoint['tokens']:,} tokens"}
+    if "dataset" not in settings:  # a fine-tuning's
+        return found | {"Data": settings.get("data", "unknown")}
+    found = {"Data": settings["dataset"], "Command": f"`{checkpoint['command']}`"} | found
     if (folder / "metrics.jsonl").is_file():
         rows = [row for row in Metrics.read(folder / "metrics.jsonl") if "val_loss" in row]
         if rows:
             best = min(rows, key=lambda row: row["val_loss"])
-            found["Validation"] = f"loss {best['val_loss']:.4f}, perplexity {best['val_ppl']:.3f}" + (
-                f", {best['val_bpb']:.4f} bits a byte" if "val_bpb" in best else "")
+            if best["step"] < checkpoint["step"]:  # best/ is what is exported
+                found["Training"] += f"; this is step {best['step']:,}, the best"
+            part = settings.get("eval_tokens")
+            found["Validation"] = (
+                f"loss {best['val_loss']:.4f}, perplexity {best['val_ppl']:.3f}"
+                + (f", {best['val_bpb']:.4f} bits a byte" if "val_bpb" in best else "")
+                + (f"; on the first {part:,} tokens" if part else "")
+                + (f"; before rounding to {dtype}" if dtype not in (None, "float32") else ""))
+    found["Evaluation"] = (f"`python train.py --eval_only --init_from={out} "
+                           f"--dataset={settings['dataset']}`")
     return found
 
 
@@ -92,6 +105,9 @@ def card(name: str, model: GPT, tok, found: dict) -> str:
     found = {"Architecture": f"GPT-2, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
                              f"context {c.block_size}: {model.num_params():,} parameters",
              "Tokenizer": f"{tok.name}, {tok.vocab_size:,} ids", "Licence": licence} | found
+    for note in notes:
+        key, _, text = note.partition(": ")
+        found[key] = text
     lines = "\n".join(f"- **{key}**: {value}" for key, value in found.items())
     return (f"---\nlicense: {licence}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
             f"---\n\n# {name}\n\nA GPT-2 language model, trained or converted with taleGPT.\n\n"
@@ -103,6 +119,9 @@ def main():
     if not input or not out:
         raise ValueError("give --input=RUN_OR_MODEL and --out=FOLDER")
     path, found, tok = Path(input), {}, None
+    bad = [note for note in notes if not all(part.strip() for part in note.partition(": "))]
+    if bad:
+        raise ValueError(f"notes: got {bad[0]!r:.60}, expected `Name: text`")
     if tokenizer is not None:
         tok = nanogpt_characters(tokenizer) if tokenizer.endswith(".pkl") else \
             open_tokenizer(tokenizer)
@@ -128,8 +147,7 @@ def main():
     ids = {"bos_token_id": tok.eos_id, "eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id}
     for file, text in (("generation_config.json", json.dumps(ids, indent=2) + "\n"),
                        ("README.md", card(folder.resolve().name, model, tok, found))):
-        with replacing(folder / file) as tmp:
-            tmp.write_text(text, encoding="utf-8")
+        write_text(folder / file, text)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
     print(f"{folder}: {model.num_params():,} parameters, {tok.name} tokens; {files}")
 

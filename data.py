@@ -5,9 +5,11 @@ and, written last, `meta.json`. One with only nanoGPT's `train.bin` and `val.bin
 GPT-2 tokens.
 """
 
+import csv
 import glob
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -59,6 +61,12 @@ def replacing(path):
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def write_text(path, text: str):
+    """Writes a UTF-8 file, whole or not at all."""
+    with replacing(path) as tmp:
+        tmp.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -128,6 +136,44 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
         raise ValueError(f"{path} is damaged: {e}") from None
 
 
+def read_table(path) -> list[dict]:
+    """The rows of a .csv, .tsv or .txt file (tabs, no quoting), .json, .jsonl or .parquet, all but
+    the last also as .gz or .xz. ValueError, with the line where it has one, for what cannot be
+    read."""
+    path, raw = Path(path), b""
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import read_table as read_parquet
+            return read_parquet(path).to_pylist()
+        with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb") as file:
+            raw = file.read()
+        text = raw.decode("utf-8-sig")
+        if {".json", ".jsonl"} & set(path.suffixes):
+            return json.loads(text) if text.lstrip().startswith("[") else [
+                json.loads(line) for line in text.split("\n") if line.strip()]
+        csv.field_size_limit(2**31 - 1)
+        return list(csv.DictReader(
+            io.StringIO(text, newline=""), delimiter="\t" if "\t" in text.split("\n")[0] else ",",
+            quoting=csv.QUOTE_NONE if ".txt" in path.suffixes else csv.QUOTE_MINIMAL))
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text: byte 0x{raw[e.start]:02x} in line "
+                         f"{raw[:e.start].count(10) + 1}; save it as UTF-8") from None
+    except OSError as e:
+        raise OSError(f"cannot read {path}: {e.strerror or e}") from None
+    except Exception as e:  # noqa: BLE001 (whatever a damaged file raises)
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {e}") from None
+
+
+def normalize(text: str) -> str:
+    """Lower case, one space between words and punctuation much as the Penn Treebank and CS224n have
+    it: clitics such as n't and 's apart, too; hyphens and the points of numbers also, which they
+    leave. Without line breaks and HTML's."""
+    text = re.sub(r"<br ?/?>", " ", text.lower()).replace("\\/", "/")
+    text = re.sub(r"``|''|\"(\s*\")*", ' " ', text.replace("-lrb-", "(").replace("-rrb-", ")"))
+    text = re.sub(r"\s*(n't|'(?:s|re|ve|ll|d|m))\b", r" \1 ", text)
+    return " ".join(re.sub(r"(([.,!?;:()*/-])\2*)", r" \1 ", text).split())
+
+
 def _text_field(line, column, where):
     try:
         row = json.loads(line)
@@ -140,6 +186,19 @@ def _text_field(line, column, where):
     if not isinstance(text, str):
         raise ValueError(f"{where}: {column!r} is {type(text).__name__}, expected text")  # noqa: TRY004
     return text
+
+
+def fill_template(template: str, instruction: str, text: str = "") -> tuple[str, str]:
+    """A prompt in two parts: up to the end of the input (of the instruction, where there is none),
+    and from there to where the answer begins."""
+    if not text:
+        template = "\n\n".join(part for part in template.split("\n\n") if "{input}" not in part
+                           or "{instruction}" in part or "{output}" in part)
+    slot = "{input}" if text else "{instruction}"
+    cut = template.rindex(slot) + len(slot)
+    values = {"instruction": instruction, "input": text, "output": ""}
+    return tuple(re.sub(r"\{(instruction|input|output)\}", lambda slot: values[slot[1]], part)
+                 for part in (template[:cut], template[cut:]))
 
 
 # ---- writing ----
@@ -171,11 +230,9 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = SHARD_TOK
                     *folder.glob("val_[0-9]*.bin")])
             for part in folder.glob("*.part"):
                 os.replace(part, part.with_suffix(""))
-            with replacing(folder / "tokenizer.json") as tmp:
-                tmp.write_text(tokenizer.to_json(), encoding="utf-8")
+            write_text(folder / "tokenizer.json", tokenizer.to_json())
             meta["sha256"] = digest(meta)
-            with replacing(folder / "meta.json") as tmp:
-                tmp.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
             return meta
     except Timeout:
         raise ValueError(f"another process is preparing {folder}; wait for it to end") from None
@@ -400,7 +457,9 @@ class Damaged(Exception):
 
 PREPARE = {"shakespeare": "prepare_text.py", "tinystories": "prepare_tinystories.py",
            "tinystories_4k": "prepare_tinystories.py --name=tinystories_4k "
-                             "--tokenizer=data/ts4k.json"}
+                             "--tokenizer=weights/tokenizer.json --limit=20000",
+           "plays": "prepare_text.py --name=plays …, as config/pretrain_plays.py says",
+           "imdb": "prepare_text.py --name=imdb …, as config/pretrain_imdb.py says"}
 
 
 # ---- the order of training ----

@@ -11,13 +11,9 @@ al. 2023). OUT/best is the best model on the dev split, adapters merged; OUT/ada
 alone, in PEFT's format. Losses are nats a token of the answers, end-of-text included.
 """
 
-import gzip
 import json
-import lzma
 import math
-import re
 import shutil
-import sys
 import time
 from collections import Counter
 from functools import partial
@@ -37,17 +33,20 @@ from common import (
     Device,
     Metrics,
     StopSignal,
+    keep_freed_memory,
     load_model,
     lr_scale,
     micro_batch_seed,
+    read_settings,
+    restore,
     save_best,
     save_checkpoint,
     set_aside,
 )
 from configurator import run
-from data import replacing
+from data import fill_template, read_table, write_text
 from lora import merge, save_adapter, set_trainable, unmerge
-from model import GPT, GPTConfig, load_torch
+from model import GPT, GPTConfig, load_torch, local_folder
 from optim import build_optimizer
 from tokenizer import from_json
 
@@ -98,8 +97,9 @@ request.
 ### Response:
 {output}"""
 FIELDS = ("instruction", "input", "output")
-LEAST = {"epochs": 1, "log_interval": 1, "seed": 0, "learning_rate": 0, "warmup_fraction": 0,
-         "weight_decay": 0, "grad_clip": 0, "max_new_tokens": 1}
+LEAST = {"epochs": 1, "batch_size": 1, "log_interval": 1, "seed": 0, "learning_rate": 0,
+         "warmup_fraction": 0, "weight_decay": 0, "grad_clip": 0, "max_new_tokens": 1,
+         "eval_interval": 1, "num_answers": 0}
 FIXED = ("data", "template", "block_size", "seed", "mode", "train_blocks", "lora_rank",
          "lora_alpha", "lora_targets", "train_on_all", "batch_size")  # a resumed run keeps these
 
@@ -109,23 +109,15 @@ FIXED = ("data", "template", "block_size", "seed", "mode", "train_blocks", "lora
 def read_records(name: str) -> list[dict]:
     """The records of a file or hub data set, stripped; ValueError for one that cannot be used,
     with its number, counted from 1."""
-    path = Path(name)
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import read_table
-            rows = read_table(path).to_pylist()
-        elif path.is_file():
-            opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                text = file.read().strip()
-            rows = json.loads(text) if text.startswith("[") else [
-                json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            from datasets import load_dataset
+    if Path(name).is_file():
+        rows = read_table(name)
+    else:
+        from datasets import load_dataset
+        try:
             rows = load_dataset(name, split="train")
-    except Exception as e:  # noqa: BLE001 (whatever a damaged file or the hub's client raises)
-        raise ValueError(f"cannot read {name} as records: expected JSON, JSON lines or parquet, or "
-                         f"the name of a hub data set ({type(e).__name__}: {e})") from None
+        except Exception as e:  # noqa: BLE001 (whatever the hub's client raises)
+            raise ValueError(f"{name} is neither a file nor a hub data set that can be loaded "
+                             f"({type(e).__name__}: {e})") from None
     records = []
     for number, row in enumerate(rows, 1):
         record = {f: row.get(f) if isinstance(row, dict) else None for f in FIELDS}
@@ -162,19 +154,6 @@ def read_template() -> str:
     return form
 
 
-def fill(form: str, instruction: str, text: str = "") -> tuple[str, str]:
-    """A prompt in two parts: up to the end of the input (of the instruction, where there is none),
-    and from there to where the answer begins."""
-    if not text:
-        form = "\n\n".join(part for part in form.split("\n\n") if "{input}" not in part
-                           or "{instruction}" in part or "{output}" in part)
-    slot = "{input}" if text else "{instruction}"
-    cut = form.rindex(slot) + len(slot)
-    values = {"instruction": instruction, "input": text, "output": ""}
-    return tuple(re.sub(r"\{(instruction|input|output)\}", lambda slot: values[slot[1]], part)
-                 for part in (form[:cut], form[cut:]))
-
-
 def encode(records, tokenizer, form: str, T: int) -> tuple[list[tuple], int]:
     """([(prompt ids, answer ids with end-of-text)], prompts cut). A prompt too long for a context
     of T loses the end of its input (of the instruction, where there is none)."""
@@ -182,7 +161,7 @@ def encode(records, tokenizer, form: str, T: int) -> tuple[list[tuple], int]:
         raise ValueError(f"the {tokenizer.name} tokenizer has no end-of-text to close answers with")
     rows, cuts = [], 0
     for number, record in enumerate(records, 1):
-        head, tail = fill(form, record["instruction"], record["input"])
+        head, tail = fill_template(form, record["instruction"], record["input"])
         try:
             prompt = tokenizer.encode(head + tail).tolist()
             answer = [*tokenizer.encode(record["output"]).tolist(), tokenizer.eos_id]
@@ -298,29 +277,19 @@ def table(rows: list[dict], columns) -> str:
     return "\n".join(lines)
 
 
-def peak_memory_mb(env) -> float | None:
-    """The most memory that this process has held: of the GPU, or resident."""
-    if env.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        from resource import RUSAGE_SELF, getrusage
-    except ImportError:  # Windows
-        return None
-    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
 def main():
-    settings = {k: v for k, v in globals().items() if not k.startswith("_") and k.islower()
-                and isinstance(v, (int, float, str, list, type(None)))}
+    settings = read_settings(globals(), LEAST)
     env, out = Device(device, dtype), Path(out_dir)
+    if env.type == "cpu":
+        keep_freed_memory()
     say = partial(print, flush=True) if env.rank == 0 else lambda *args: None
-    for name, least in (LEAST | {"batch_size": env.world}).items():  # a record for each rank
-        if settings[name] < least:
-            raise ValueError(f"{name} must be at least {least}, got {settings[name]}")
 
     # ---- the model, pretrained or resumed ----
     torch.manual_seed(seed)
     checkpoint = None
+    if Path(init_from).resolve() in (out.resolve(), out.resolve() / "best"):
+        raise ValueError(f"init_from={init_from} is the run's own folder, whose best/ this run "
+                         "overwrites; give another --out_dir")
     if init_from == "resume":
         if not (out / "ckpt.pt").is_file():
             raise ValueError(f"no {out / 'ckpt.pt'} to resume from; give a model with --init_from")
@@ -335,8 +304,9 @@ def main():
         base, form = checkpoint["base"], checkpoint["template"]
     else:
         raw_model, tokenizer = load_model(init_from, block_size=block_size, dropout=dropout)
-        best, form = Path(init_from) / "best", read_template()
-        base = str(best if best.is_dir() else init_from)  # by which PEFT finds it
+        folder, form = local_folder(init_from), read_template()
+        best = folder / "best" if (folder / "best").is_dir() else folder
+        base = str(best.resolve()) if best.is_dir() else init_from  # by which PEFT finds it
     for p in raw_model.parameters():  # the layout of a resumed run: the last bits depend on it
         p.data = p.data.float().contiguous()
     trained = set_trainable(raw_model, mode, train_blocks, lora_rank, lora_alpha,
@@ -363,7 +333,7 @@ def main():
     net = AnswerLoss(raw_model)
     step, tokens, elapsed, best_loss, before = 0, 0, 0.0, math.inf, None
     if checkpoint is not None:
-        update.load_state_dict(checkpoint["optimizer"])
+        restore(update, checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty where the dtype was not float16
             env.scaler.load_state_dict(checkpoint["scaler"])
         step, tokens, elapsed, best_loss, before = (
@@ -382,7 +352,7 @@ def main():
     if env.rank == 0:
         if step == 0:
             set_aside(out)
-            (out / "results.json").unlink(missing_ok=True)
+        (out / "results.json").unlink(missing_ok=True)  # also of a run that is given more epochs
         out.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(out, resume_step=step if step else None)
 
@@ -401,8 +371,7 @@ def main():
                 merge(raw_model)
                 save_best(out, raw_model, tokenizer)
                 unmerge(raw_model)
-                with replacing(out / "best" / "template.txt") as tmp:  # for sample.py
-                    tmp.write_text(f"{form}\n", encoding="utf-8")
+                write_text(out / "best" / "template.txt", f"{form}\n")  # for sample.py
         if env.rank == 0:
             metrics.log(**row)
 
@@ -432,14 +401,11 @@ def main():
         torch.manual_seed(micro_batch_seed(seed, step, env.rank))
         rows = [train[i] for i in batches[at]]
         n = sum(len(answer) + (len(prompt) - 1) * train_on_all for prompt, answer in rows)
+        mine = rows[env.rank::env.world]  # a rank without a record still takes part
         with env.autocast():
-            loss = model(*collate(rows[env.rank::env.world], train_on_all, env.device))
+            loss = model(*collate(mine or rows[:1], train_on_all, env.device)) * bool(mine)
         env.scaler.scale(loss * (env.world / n)).backward()  # DDP takes the mean over the ranks
-        env.scaler.unscale_(update)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-        env.scaler.step(update)
-        env.scaler.update()
-        update.zero_grad(set_to_none=True)
+        norm = env.update(update, raw_model.parameters(), grad_clip)
         loss_sum += loss.detach()
         step, tokens, counted = step + 1, tokens + n, counted + n
 
@@ -480,12 +446,10 @@ def main():
             "chrf": CHRF().corpus_score(texts, [references]).score,
             "exact_match": sum(map(str.__eq__, texts, references)) / len(test),
             "dev_loss": best_loss, "parameters": parameters, "trained_parameters": trained,
-            "tokens_per_s": tokens / elapsed, "peak_memory_mb": peak_memory_mb(env),
+            "tokens_per_s": tokens / elapsed, "peak_memory_mb": env.peak_memory() and env.peak_memory() / 1e6,
             "seconds": elapsed, "seed": seed, "settings": settings}
-        for file, lines in (("answers.jsonl", map(json.dumps, judged)),
-                            ("results.json", [json.dumps(results, indent=1)])):
-            with replacing(out / file) as tmp:
-                tmp.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_text(out / "answers.jsonl", "".join(f"{json.dumps(row)}\n" for row in judged))
+        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
         print(table(judged[:num_answers], (*FIELDS, "answer")) if num_answers else "")
         print(f"{step:,} updates in {elapsed:.0f} s; the {len(test):,} test answers: " + ", ".join(
             f"{name} {results[name]:.4g}" for name in ("loss_before", "loss", "perplexity", "chrf",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import replacing
+from data import replacing, write_text
 from model import open_safetensors, read_json
 
 TARGETS = ("c_attn", "c_proj", "c_fc")  # all linear layers of the blocks
@@ -124,8 +124,7 @@ def save_adapter(model, folder, base_name: str):
     with replacing(Path(folder) / "adapter_model.safetensors") as tmp:
         save_file(adapter_tensors(model), tmp, {"format": "pt"})
         tmp.chmod(0o644)  # safetensors leaves 0600
-    with replacing(Path(folder) / "adapter_config.json") as tmp:
-        tmp.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(model, folder):

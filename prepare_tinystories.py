@@ -60,7 +60,8 @@ def main():
     meta = write_data(name, open_tokenizer(tokenizer), splits)
     print(describe(meta))
     print(f"{counts['empty']:,} empty stories dropped, {counts['repaired']:,} with broken quotation "
-          f"marks repaired\nnext: python train.py config/tinystories.py --dataset={name}")
+          f"marks repaired\nnext: python train.py config/"
+          f"{'tinystories' if tokenizer == 'gpt2' else 'tinystories_cpu'}.py --dataset={name}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python sample.py --init_from=out/tinystories --num_samples=5 --temperature=0.7 --top_p=0.95
     python sample.py --init_from=gpt2 --start FILE:prompt.txt --num_beams=4
     python sample.py --interactive --quantize=int8
+    python sample.py --init_from=out/finetune_instruct --instruct "Name three colours."
 """
 
 import time
@@ -11,14 +12,18 @@ from pathlib import Path
 
 import torch
 
-from common import Device, load_model, start_id
+from common import Device, load_model, newest_run, start_id
 from configurator import run
+from data import fill_template
 from decode import beam_search, prepare, stream_text
 
-init_from: str | None = None  # run folder, Hugging Face folder or hub name; None: the newest in out/
+init_from: str | None = None  # run folder, Hugging Face folder or hub name; None: the newest in out/,
+    # or weights/
 revision: str | None = None  # of a hub name
 start = ""  # the prompt, or FILE:path; empty: a fresh document
-interactive = False  # go on asking for prompts
+instruct: str | None = None  # instead of start: an instruction, for a run of finetune_instruct.py
+instruct_input = ""  # what the instruction is about, if anything
+interactive = False  # go on asking for prompts; of such a run, for instructions
 num_samples = 1  # decoded as one batch; a single one is printed as it comes
 max_new_tokens = 256
 temperature = 0.8  # 0 is greedy
@@ -31,15 +36,6 @@ tokenizer: str | None = None  # gpt2, bytes, a file or a folder; None: the model
 quantize: str | None = None  # int8: weights in 8 bits, on a CPU
 device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of the weights: float32, bfloat16, float16
-
-
-def newest_run() -> str:
-    """The run folder under out/ that was written last; ValueError if there is none."""
-    runs = [file.parent for file in Path("out").glob("*/ckpt.pt")]
-    if not runs:
-        raise ValueError("no trained model under out/; train one (make run, or python train.py "
-                         "config/quickstart.py) or name one with --init_from")
-    return str(max(runs, key=lambda run: (run / "ckpt.pt").stat().st_mtime))
 
 
 def encode_prompt(text: str, tok, block_size: int) -> torch.Tensor:
@@ -57,10 +53,19 @@ def encode_prompt(text: str, tok, block_size: int) -> torch.Tensor:
     return torch.tensor([ids[-block_size:]])
 
 
-def write(model, tok, text: str, number: int):
-    """Prints what the model makes of a prompt, then tokens and tokens/s; `number` seeds it."""
+def read_template(name: str) -> str | None:
+    """The template that finetune_instruct.py left beside a model, if it did."""
+    files = [Path(name) / "best" / "template.txt", Path(name) / "template.txt"]
+    return next((f.read_text(encoding="utf-8").rstrip() for f in files if f.is_file()), None)
+
+
+def write(model, tok, text: str, number: int, template: str | None = None):
+    """Prints what the model makes of a prompt (of an instruction, with a template), then tokens and
+    tokens/s; `number` seeds it."""
+    if template:
+        text = "".join(fill_template(template, text.strip(), instruct_input.strip()))
     idx = encode_prompt(text, tok, model.config.block_size).to(model.transformer.wte.weight.device)
-    prompt = tok.decode([i for i in idx[0].tolist() if i != tok.eos_id])
+    prompt = "" if template else tok.decode([i for i in idx[0].tolist() if i != tok.eos_id])
     options = (max_new_tokens, temperature, top_k, top_p, tok.eos_id,
                torch.Generator().manual_seed(seed + number))
     clock, count = time.perf_counter(), 0
@@ -88,14 +93,26 @@ def main():
     if num_samples < 1 or num_beams < 1:
         raise ValueError(f"num_samples and num_beams must be at least 1, got {num_samples} and "
                          f"{num_beams}")
+    if num_samples > 1 < num_beams:
+        raise ValueError("beam search writes one text: give num_samples or num_beams")
+    if start and instruct is not None:
+        raise ValueError("give start or instruct, not both")
     env = Device(device, dtype)
     name = init_from or newest_run()
     model, tok = load_model(name, tokenizer, revision=revision, dtype=env.dtype)
     print(f"{name}: {model.num_params():,} parameters, {tok.name} tokens, seed {seed}\n")
     model = prepare(model.to(env.device), quantize)
+    template = read_template(name)
+    if instruct is not None and template is None:
+        raise ValueError(f"{name} has no template.txt: instructions are for runs of "
+                         "finetune_instruct.py; give the prompt with --start")
+    if instruct_input and not (template and (interactive or instruct is not None)):
+        raise ValueError("instruct_input is what an instruction is about; give one with --instruct")
     if not interactive:
-        return write(model, tok, start, 0)
-    print("type a prompt, then Enter; an empty line writes a fresh document, Ctrl-D ends")
+        return write(model, tok, start, 0) if instruct is None else \
+            write(model, tok, instruct, 0, template)
+    print("type an instruction, then Enter; Ctrl-D ends" if template else
+          "type a prompt, then Enter; an empty line writes a fresh document, Ctrl-D ends")
     number = 0
     while True:
         try:
@@ -103,7 +120,7 @@ def main():
         except EOFError:
             return print()
         try:
-            write(model, tok, text, number)
+            write(model, tok, text, number, template)
         except (ValueError, OSError) as e:  # a character outside the alphabet, say: ask again
             print(f"error: {e}")
         number += 1

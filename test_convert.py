@@ -37,7 +37,8 @@ def test_export_of_a_run_loads_in_transformers(tmp_path):
         "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_steps=2", "--bias=False",
         "--device=cpu", "--sample_tokens=0", "--eval_interval=1"])
     train.main()
-    run_convert(f"--input={tmp_path}/run", f"--out={tmp_path}/export", "--licence=mit")
+    run_convert(f"--input={tmp_path}/run", f"--out={tmp_path}/export", "--licence=mit",
+                "--notes", "Data: cats, CC0", "Use: none: a test")
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
     model, ours = load_model(tmp_path / "export")
@@ -46,10 +47,36 @@ def test_export_of_a_run_loads_in_transformers(tmp_path):
     assert (hf(x).logits - model(x)[0]).abs().max() < 1e-5
     card = (tmp_path / "export" / "README.md").read_text()
     assert "license: mit" in card and "2 steps, 64 tokens" in card and "bits a byte" in card
+    assert "- **Data**: cats, CC0\n" in card and "- **Use**: none: a test\n" in card
+    assert f"--eval_only --init_from={tmp_path}/export --dataset={tmp_path}/c`" in card
+    assert "first" not in card and "rounded" not in card
+    with pytest.raises(ValueError, match="notes: got 'Data'"):
+        run_convert(f"--input={tmp_path}/run", f"--out={tmp_path}/export", "--notes=Data")
     pipe = transformers.pipeline("text-generation", str(tmp_path / "export"))
     said = pipe("the ", max_new_tokens=8, do_sample=False)[0]["generated_text"]
     greedy = model.generate(torch.tensor([ours.encode("the ").tolist()]), 8, temperature=0)
     assert said == ours.decode(greedy[0].tolist())
+
+
+def test_weights_of_a_run_on_part_of_the_validation_split(tmp_path):
+    """As config/weights.py: float16, the tied head stored once, the card honest about its loss."""
+    run, tok = tmp_path / "run", open_tokenizer("bytes")
+    model = tiny(vocab_size=256, n_embd=64).float()
+    model.save_pretrained(run / "best", tok.eos_id)
+    tok.save(run / "best")
+    torch.save({"settings": {"dataset": "stories", "eval_tokens": 3000}, "step": 9, "tokens": 90,
+                "command": "python train.py"}, run / "ckpt.pt")
+    (run / "metrics.jsonl").write_text('{"step": 9, "val_loss": 1.5, "val_ppl": 4.481689}\n')
+    run_convert("config/weights.py", f"--input={run}", f"--out={tmp_path}/weights", "--notes=A: b")
+    size = (tmp_path / "weights" / "model.safetensors").stat().st_size
+    assert 0 < size - 2 * model.num_params() < 4000
+    card = (tmp_path / "weights" / "README.md").read_text()
+    assert "loss 1.5000, perplexity 4.482; on the first 3,000 tokens; before rounding to float16" in card
+    hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "weights").float().eval()
+    assert hf.lm_head.weight is hf.transformer.wte.weight
+    x, half = ids(), load_model(tmp_path / "weights", dtype=torch.float32)[0]
+    assert (hf(x).logits - half(x)[0]).abs().max() < 1e-4
+    assert 0 < (half(x)[0] - model(x)[0]).abs().max() < 0.1
 
 
 def test_export_with_gpt2_tokens_stops_at_end_of_text(tmp_path):

@@ -10,13 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_module
+import sample
+import train
+from configurator import configure, find_settings
+from data import write_data
 from decode import GraphedStep, Int8Linear, beam_search, prepare, stream_text
 from model import GPT, GPTConfig, KVCache
 from test_model import ids, randomise, tiny, tiny_hf
-from tokenizer import open_tokenizer
+from tokenizer import open_tokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 HERE = Path(__file__).parent
+DEFAULTS = {module: {name: default for name, (default, _, _) in find_settings(vars(module)).items()}
+            for module in (sample, train)}
 
 
 def bytes_model(**options):
@@ -207,3 +214,34 @@ def test_sample_script(tmp_path):
                        ("--tokenizer=gpt2", "50257 ids"), ("--start=FILE:/none.txt", "/none.txt")):
         text = sample(flag, code=2)
         assert word in text and "Traceback" not in text, text
+
+
+def test_weights_beside_the_scripts_serve_until_there_is_a_run(tmp_path, monkeypatch, capsys):
+    def script(module, *argv):
+        vars(module).update(DEFAULTS[module])
+        configure(vars(module), [*argv, "--device=cpu"])
+        module.main()
+        return capsys.readouterr().out
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(model_module, "HERE", tmp_path)
+    for words in ([sample], [train, "--eval_only", "--init_from=weights", "--dataset=./stories"]):
+        if words[0] is train:
+            tok = train_bpe(["Once upon a time there was a cat. "] * 9, 270)
+            write_data("./stories", tok, {"train": ["Once upon"], "val": ["Once there was"] * 9})
+        with pytest.raises(ValueError, match="make run.*or bring weights/ back"):
+            script(*words)
+    model = bytes_model(vocab_size=270)
+    model.save_pretrained(tmp_path / "weights", tok.eos_id)
+    tok.save(tmp_path / "weights")
+    said = script(sample, "--start=从前有一只猫, é😀", "--max_new_tokens=5")
+    assert said.startswith("no run under out/ yet: this is the model in weights/")
+    assert "从前有一只猫, é😀" in said
+    evaluation = script(train, "--eval_only", "--init_from=weights", "--dataset=./stories")
+    assert "weights on ./stories" in evaluation
+    again = script(train, "--eval_only", f"--init_from={tmp_path}/weights", "--dataset=./stories")
+    assert again.partition(": ")[2] == evaluation.partition(": ")[2]
+    script(train, "--dataset=./stories", "--out_dir=out/mine", "--n_layer=1", "--n_head=1",
+           "--n_embd=8", "--block_size=4", "--batch_size=1", "--max_steps=1", "--sample_tokens=0")
+    assert script(sample, "--max_new_tokens=2").startswith("out/mine: ")

@@ -254,20 +254,21 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     for name, content in (("a.json", b"[{"), ("b.jsonl", b"no json"), ("c.json", b"\xff\xfe"),
                           ("d.json.gz", b"no gzip"), ("e.parquet", b"no parquet")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"cannot read .*{name} as records"):
+        with pytest.raises((ValueError, OSError), match=f"{name} (cannot be read|is not UTF-8)|"
+                                                        f"cannot read .*{name}"):
             script.read_records(str(tmp_path / name))
     with pytest.raises(ValueError, match="hub data set"):
         script.read_records("./nothing")
 
 
 def test_templates(tmp_path, monkeypatch):
-    whole = "".join(script.fill(script.ALPACA, "Add {input} up.", "1 {output} 2"))
+    whole = "".join(script.fill_template(script.ALPACA, "Add {input} up.", "1 {output} 2"))
     assert whole.endswith("### Instruction:\nAdd {input} up.\n\n### Input:\n1 {output} 2\n\n"
                           "### Response:\n")
-    head, tail = script.fill(script.ALPACA, "Count.")
+    head, tail = script.fill_template(script.ALPACA, "Count.")
     assert head.endswith("### Instruction:\nCount.") and tail == "\n\n### Response:\n"
-    assert script.fill("{instruction} {input}> {output}", "a") == ("a", " > ")
-    assert script.fill("{input}\n\n{instruction}\n{output}", "a", "b") == ("b", "\n\na\n")
+    assert script.fill_template("{instruction} {input}> {output}", "a") == ("a", " > ")
+    assert script.fill_template("{input}\n\n{instruction}\n{output}", "a", "b") == ("b", "\n\na\n")
     for text, word in (("{input} {output}", r"\{instruction\}"),
                        ("{instruction} {output}", r"\{input\}"),
                        ("{instruction} {input}", r"\{output\}"),
@@ -403,6 +404,13 @@ def run_script(base, out, *argv):
     script.main()
 
 
+def sample(folder, *argv, typed=""):
+    return subprocess.run(
+        [sys.executable, HERE / "sample.py", f"--init_from={folder}", "--device=cpu",
+         "--temperature=0", "--max_new_tokens=6", *argv],
+        input=typed, capture_output=True, text=True, timeout=120, check=False)
+
+
 def rows_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -431,6 +439,15 @@ def test_every_mode_learns_to_answer(base, tmp_path, capsys, monkeypatch, mode, 
     model, tok = load_model(str(tmp_path))  # as sample.py does
     prompt = tok.encode("say\n\nf3n\n\n>").tolist()
     assert script.answers(model, tok, [prompt]) == ["no"]
+    if mode == "full":
+        for argv, typed in ((["--instruct=say", "--instruct_input=f3n"], ""),
+                            (["--instruct_input=f3n", "--interactive"], "say\n")):
+            said = sample(tmp_path, *argv, typed=typed)
+            assert said.returncode == 0 and "no" in said.stdout.split(), said.stderr
+        for folder, argv, word in ((base, ["--instruct=say"], "template.txt"),
+                                   (tmp_path, ["--instruct_input=f3n"], "--instruct")):
+            said = sample(folder, *argv)
+            assert said.returncode == 2 and word in said.stderr and said.stderr.count("\n") == 1
 
     old, new = GPT.from_pretrained(base).state_dict(), load_torch(tmp_path / "ckpt.pt")["model"]
     frozen = {"full": [], "lora": old,
@@ -445,6 +462,9 @@ def test_every_mode_learns_to_answer(base, tmp_path, capsys, monkeypatch, mode, 
         x = torch.tensor([prompt])
         assert (hf(x).logits - model(x)[0]).abs().max() < 1e-4
         assert hf.peft_config["default"].base_model_name_or_path == f"{base}/best"
+        adapted, _ = load_model(str(tmp_path / "adapter"))  # on the base that it names
+        assert (adapted(x)[0] - model(x)[0]).abs().max() < 1e-5
+        assert ">no" in sample(tmp_path / "adapter", "--start=say\n\nf3n\n\n>").stdout.split()
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -479,6 +499,11 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
     capsys.readouterr()
     run_script(base, tmp_path / "cut", *options, "--init_from=resume")
     assert "is finished: 12 updates" in capsys.readouterr().out
+    run_script(base, tmp_path / "cut", *options, "--init_from=resume", "--epochs=3",
+               "--weight_decay=0.5")  # what may change does, and the old judgement is replaced
+    more = load_torch(tmp_path / "cut" / "ckpt.pt")
+    assert more["step"] == 18 and more["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert json.loads((tmp_path / "cut" / "results.json").read_text())["settings"]["epochs"] == 3
     for change, word in (("--seed=3", "seed=1337, not 3"), ("--batch_size=4", "batch_size=17"),
                          ("--mode=last_blocks", f"mode={mode}")):
         with pytest.raises(ValueError, match=word):

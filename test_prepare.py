@@ -11,7 +11,7 @@ import pytest
 import prepare_text
 import prepare_tinystories
 from configurator import configure, find_settings
-from data import Data
+from data import Data, normalize
 
 HERE = Path(__file__).parent
 STORIES = [f"Once there was a cat number {i}. It said “hi”.\nThe end." for i in range(50)]
@@ -70,6 +70,21 @@ def test_characters_with_a_separator(tmp_path):
     assert opened.eos_id is not None
     assert text_of(opened.train, opened.tokenizer()) == "ba|b|a|"
     assert text_of(opened.val, opened.tokenizer()) == "ab|abba|bb|"
+
+
+def test_lower_case_has_words_and_punctuation_apart(tmp_path):
+    for text, want in (
+            ("It's NOT good, don't\nsee it!<br /><br />(Really...)",
+             "it 's not good , do n't see it ! ( really ... )"),
+            ("`` Conan \'\' and\\\\/or -LRB- well-made -RRB- .", '" conan " and / or ( well - made ) .'),
+            ('""""" He """" said', '" he " said'), ("rock 'n' roll", "rock 'n' roll")):
+        assert normalize(text.replace("\\\\", "\\")) == want
+        assert normalize(want) == want  # the tokenized sets stay as they are
+    (tmp_path / "a.txt").write_text("What's THIS?|no|no|NO|no", encoding="utf-8")
+    run_script(prepare_text, f"--input={tmp_path}/a.txt", f"--name={tmp_path}/set", "--lowercase",
+               "--tokenizer=bytes", "--separator=|", "--val_fraction=0.2")
+    opened = Data(f"{tmp_path}/set")
+    assert text_of(opened.val, opened.tokenizer()) == "what 's this ?<|endoftext|>"
 
 
 def test_validation_files_may_bring_characters(tmp_path):

@@ -27,11 +27,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import find_files, read_documents, replacing
+from data import find_files, normalize, read_documents, replacing
 
 input: list[str] = []  # train: text files, .txt or .jsonl[.gz|.xz] with a `text` field, or .parquet
 vocab_size = 4096  # train: ids in all, special tokens included, 257 to 65536
 special_tokens: list[str] = []  # train: further special tokens, after <|endoftext|>
+lowercase = False  # train: on lower-cased text, as prepare_text.py --lowercase writes it
 out = "data/bpe.json"  # train: a tokenizer.json file; without .json a folder for transformers
 tokenizer: list[str] = ["gpt2", "bytes"]  # show and compare: names, files or folders
 
@@ -174,8 +175,9 @@ class Tokenizer:
 
 
 def open_tokenizer(name) -> Tokenizer:
-    """`gpt2`, `bytes`, a tokenizer.json-format file, a merges file (vocab.bpe), or a folder that
-    holds tokenizer.json, or vocab.json and merges.txt, or vocab.bpe. ValueError where it cannot.
+    """`gpt2`, `bytes`, a tokenizer.json-format file, a merges file (vocab.bpe), a run folder, or
+    one that holds tokenizer.json, vocab.json and merges.txt, or vocab.bpe. ValueError where it
+    cannot.
 
     GPT-2's own, opened from a file or folder, is kept and serves `gpt2` from then on.
     """
@@ -186,7 +188,8 @@ def open_tokenizer(name) -> Tokenizer:
                          | {EOT: 255}, special=[EOT])
     path = Path(name)
     if path.is_dir():
-        found = [path / f for f in ("tokenizer.json", "merges.txt", "vocab.bpe")]
+        found = [path / f for f in ("tokenizer.json", "best/tokenizer.json", "merges.txt",
+                                     "vocab.bpe")]
         path = next((f for f in found if f.exists()), found[0])
     if not path.exists():
         hint = "; prepare_text.py makes one of the text's own alphabet" if name == "char" else ""
@@ -512,7 +515,8 @@ def main(command, *words):
     if command == "train":
         if words or not input:
             raise ValueError("train takes its files as --input FILE …")
-        texts = (text for path in find_files(input) for text in read_documents(path))
+        texts = (normalize(text) if lowercase else text
+                 for path in find_files(input) for text in read_documents(path))
         trained = train_bpe(tqdm(texts, unit=" documents", disable=None), vocab_size,
                             special_tokens)
         if out.endswith(".json"):

@@ -35,6 +35,7 @@ from common import (
     micro_batch_seed,
     micro_batches,
     newest_checkpoint,
+    read_settings,
     restore,
     save_best,
     save_checkpoint,
@@ -177,17 +178,16 @@ def main():
 
 def train(stack):
     """One run; what it locks is freed by the stack."""
-    settings = {k: v for k, v in globals().items() if not k.startswith("_") and k.islower()
-                and isinstance(v, (int, float, str, list, type(None)))}
+    settings = read_settings(globals(), LEAST)
     env = Device(device, dtype)
     if env.type == "cpu":
         keep_freed_memory()
     settings["ranks"] = env.world
     say = partial(print, flush=True) if env.rank == 0 else lambda *args, **kwargs: None
     out = Path(out_dir)
-    for name, least in LEAST.items():
-        if globals()[name] < least:
-            raise ValueError(f"{name} must be at least {least}, got {globals()[name]}")
+    for name in ("out_dir", "dataset", "init_from"):
+        if not settings[name].strip() or "\0" in settings[name]:
+            raise ValueError(f"{name}={settings[name]!r} names nothing; --help says what it may be")
     if not max(beta1, beta2, momentum) < 1:
         raise ValueError("beta1, beta2 and momentum must be below 1, got "
                          f"{beta1}, {beta2} and {momentum}")
@@ -241,7 +241,8 @@ def train(stack):
     config = raw_model.config
     if config.vocab_size != data.vocab_size:
         raise ValueError(f"the model has a vocabulary of {config.vocab_size}, data set {dataset} "
-                         f"({tokenizer.name}) one of {data.vocab_size}; prepare it with the model's")
+                         f"({tokenizer.name}) one of {data.vocab_size}; prepare it with the model's, "
+                         f"--tokenizer={init_from}")
     raw_model.to(env.device)
     if eval_only:
         if quantize:
@@ -263,9 +264,8 @@ def train(stack):
             restore(update, checkpoint["optimizer"])
             if checkpoint["scaler"]:  # empty where the dtype was not float16
                 env.scaler.load_state_dict(checkpoint["scaler"])
-        step, tokens, windows, elapsed, best_loss = (
-            checkpoint[key] for key in ("step", "tokens", "windows", "elapsed_s", "best_loss"))
-        skipped = checkpoint.get("skipped", 0)
+        step, tokens, windows, elapsed, best_loss, skipped = (checkpoint[key] for key in (
+            "step", "tokens", "windows", "elapsed_s", "best_loss", "skipped"))
     if env.sum(step)[0] != step * env.world:
         raise ValueError(f"the ranks found different checkpoints in {out}: it must be a folder that "
                          "all nodes share")

@@ -1,10 +1,10 @@
-"""A small GPT-2 that follows instructions: about a minute on 2 cores after its pretraining.
+"""The model in weights/, taught to follow instructions: 95 seconds of one core.
 
-    python train.py config/tinystories_cpu.py       # the body: out/tinystories_cpu, see README
     python finetune_instruct.py config/finetune_instruct.py --data=instruction-data.json
     python finetune_instruct.py config/finetune_instruct.py --data=instruction-data.json \\
-        --mode=lora --lora_rank=4 --lora_alpha=8 --learning_rate=6e-3 --out_dir=out/instruct_lora
-    python sample.py --init_from=out/finetune_instruct --instruct "What is the opposite of cold?"
+        --mode=lora --lora_rank=4 --lora_alpha=8 --learning_rate=1e-2 \\
+        --epochs=10 --out_dir=out/instruct_lora
+    python sample.py --init_from=out/finetune_instruct --instruct "Convert 2 kilometers to meters."
 
 instruction-data.json: the 1,100 Alpaca-style records of S. Raschka's "Build a Large Language Model
 (From Scratch)", in its repository rasbt/LLMs-from-scratch. A body of children's stories has hardly
@@ -13,7 +13,7 @@ seen most of their words; full training moves its embeddings too, adapters canno
 
 out_dir = "out/finetune_instruct"
 data = "instruction-data.json"
-init_from = "out/tinystories_cpu"
+init_from = "weights"
 
 mode = "full"
 epochs = 5  # at 10 it overfits

@@ -1,0 +1,27 @@
+"""Sentiment of movie reviews, negative or positive (Large Movie Review Dataset, Maas et al. 2011).
+
+    python finetune_cls.py config/finetune_imdb.py --data_dir=FOLDER    # train and test .jsonl.xz
+    python finetune_cls.py config/finetune_imdb.py                      # from the hub
+    python finetune_cls.py config/finetune_imdb.py --data_dir=FOLDER --mode=last_layer --epochs=10
+
+The body: python train.py config/pretrain_imdb.py. A tenth of the training set serves as dev.
+"""
+
+out_dir = "out/finetune_imdb"
+init_from = "out/pretrain_imdb"
+train_file = "train.jsonl.xz"
+test_file = "test_10k.jsonl.xz"
+dataset = "stanfordnlp/imdb"
+text_column = ["text"]
+label_column = ["label"]
+classes = ["0", "1"]
+lowercase = True
+prompt = "{text} overall , this movie is"
+verbalizers = [" bad", " good"]
+
+max_tokens = 256
+keep = "tail"  # reviews conclude at their end
+epochs = 2
+batch_size = 32
+learning_rate = 6e-4
+head_learning_rate = 5e-3

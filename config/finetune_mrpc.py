@@ -1,0 +1,26 @@
+"""Do two sentences of the news say the same? (Microsoft Research Paraphrase Corpus)
+
+    python finetune_cls.py config/finetune_mrpc.py --data_dir=FOLDER    # msr_paraphrase_*.txt
+    python finetune_cls.py config/finetune_mrpc.py                      # from the hub
+
+The body: python train.py config/pretrain_imdb.py. Of the local files a tenth of the training set
+serves as dev; the hub has a dev set of its own.
+"""
+
+out_dir = "out/finetune_mrpc"
+init_from = "out/pretrain_imdb"
+train_file = "msr_paraphrase_train.txt"
+test_file = "msr_paraphrase_test.txt"
+dataset = "nyu-mll/glue:mrpc"
+text_column = ["#1 String", "sentence1"]
+text_pair_column = ["#2 String", "sentence2"]
+label_column = ["Quality", "label"]
+classes = ["0", "1"]
+lowercase = True
+prompt = 'sentence 1 : " {text} " sentence 2 : " {text_pair} " do they say the same ?'
+verbalizers = [" no", " yes"]
+
+epochs = 5
+batch_size = 32
+learning_rate = 6e-4
+head_learning_rate = 5e-3

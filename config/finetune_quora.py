@@ -1,0 +1,26 @@
+"""Do two questions ask the same? (Quora's question pairs)
+
+    python finetune_cls.py config/finetune_quora.py --data_dir=FOLDER   # CS224n's files
+    python finetune_cls.py config/finetune_quora.py --data_dir=FOLDER --style=cloze --epochs=0
+    python finetune_cls.py config/finetune_quora.py                     # from the hub
+
+The body: python train.py config/pretrain_imdb.py.
+"""
+
+out_dir = "out/finetune_quora"
+init_from = "out/pretrain_imdb"
+train_file = "quora-train.csv"
+dev_file = "quora-dev.csv"
+dataset = "nyu-mll/glue:qqp"
+text_column = ["sentence1", "question1"]
+text_pair_column = ["sentence2", "question2"]
+label_column = ["is_duplicate", "label"]
+classes = ["0", "1"]
+lowercase = True
+prompt = 'question 1 : " {text} " question 2 : " {text_pair} " do they ask the same ?'
+verbalizers = [" no", " yes"]
+
+epochs = 5
+batch_size = 32
+learning_rate = 6e-4
+head_learning_rate = 5e-3
