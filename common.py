@@ -1,5 +1,6 @@
 """What several scripts need: devices and ranks, schedules, checkpoints, the metrics of a run."""
 
+import atexit
 import ctypes
 import json
 import math
@@ -127,8 +128,15 @@ class Device:
         return norm
 
     def close(self):
+        """The end of the script. With several ranks it does not return: DDP leaves gloo's threads
+        running, and one that frees a tensor while Python shuts down aborts the process (pytorch
+        issue 190489), so the process ends here, its exit handlers run and its output written."""
         if dist.is_initialized():
             dist.destroy_process_group()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def read_settings(script: dict, least: dict, choices: dict | None = None) -> dict:

@@ -211,6 +211,24 @@ def test_two_ranks_equal_one(shared, tmp_path):
         assert (tensor - weights(tmp_path / "two")["model"][name]).abs().max() < 2e-5, name
 
 
+def test_ranks_end_well_with_work_in_flight(tmp_path):
+    """gloo's threads free tensors while Python shuts down, which aborted every such process."""
+    (tmp_path / "job.py").write_text(f"""if True:
+        import atexit, sys, torch, torch.distributed as dist
+        sys.path.insert(0, {str(HERE)!r})
+        from common import Device
+        device = Device("cpu")
+        atexit.register(print, "at the exit")
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+        for i in range(2000):
+            dist.all_reduce(torch.ones(1), async_op=True)
+        device.close()
+    """)
+    text = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                  tmp_path / "job.py", env={"OMP_NUM_THREADS": "1"})
+    assert text.count("at the exit") == 2, text
+
+
 def test_updates_that_are_not_finite_are_skipped(shared, tmp_path, capsys, monkeypatch):
     common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}", "--max_steps=12",
               "--eval_interval=4", "--warmup_steps=0", "--seed=3"]
