@@ -3,7 +3,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124M.py
 
 Data: data/openwebtext, 9 G GPT-2 tokens, by `prepare_text.py --name=openwebtext --input …
---tokenizer=gpt2`, or nanoGPT's train.bin and val.bin, which are read as they are. 600,000 steps of
+--tokenizer=gpt2 --val_fraction=0.0005`, or nanoGPT's train.bin and val.bin, which are read as they are. 600,000 steps of
 491,520 tokens are 295 G tokens, 2.5e20 FLOP: about 4 days on 8 A100. nanoGPT reports a validation
 loss of 2.85 for it. Documentation of scale: this tree has not run it.
 """

@@ -1,8 +1,8 @@
 """The model in weights/: a small GPT-2 on TinyStories, about 40 minutes of one core.
 
-    python tokenizer.py train --input=TRAIN.jsonl.gz --vocab_size=4096 --out=data/ts4k.json
-    python prepare_tinystories.py --name=tinystories_4k --tokenizer=data/ts4k.json [--limit=20000]
-    python train.py config/tinystories_box.py --dtype=bfloat16
+    python prepare_tinystories.py --name=tinystories_4k --tokenizer=weights/tokenizer.json \
+        --limit=20000      # from the hub; or, from local files, as README says
+    OMP_NUM_THREADS=1 python train.py config/tinystories_box.py --dtype=bfloat16
 
 config/tinystories_cpu.py with as much width as 9 MB in float16 hold, and 2.4 epochs of 19,837
 stories instead of one. With all of TinyStories, give more --max_steps and no --limit.

@@ -1,7 +1,7 @@
 """A small GPT-2 on TinyStories for a machine without a GPU: about 10 minutes of training on 2 cores.
 
-    python tokenizer.py train --input=TRAIN.jsonl.gz --vocab_size=4096 --out=data/ts4k.json
-    python prepare_tinystories.py --name=tinystories_4k --tokenizer=data/ts4k.json [--limit=20000]
+    python prepare_tinystories.py --name=tinystories_4k --tokenizer=weights/tokenizer.json \
+        --limit=20000      # from the hub; or, from local files, as README says
     python train.py config/tinystories_cpu.py
 
 Measured on 19,837 stories for training and 7,002 for validation: see README.
