@@ -93,8 +93,9 @@ def median_seconds(work, times: int) -> float:
 
 
 def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for kind in (torch.cuda, torch.mps):
+        if kind.is_available():
+            kind.synchronize()
 
 
 def weights_mb(model) -> float:
@@ -139,6 +140,9 @@ def decoders(env) -> dict:
     for kind in kinds:
         if kind not in widths:
             raise ValueError(f"kinds: {kind!r} is unknown: {', '.join(widths)}")
+        if kind == "int8" and env.type != "cpu":
+            print("int8 weights are for CPUs: no row for them on this device")
+            continue
         add(f"ours {kind}", widths[kind], *ours(kind))
     add("ours, unprepared", 4, *ours("float32", fast=False))
     try:
@@ -333,12 +337,13 @@ def measure_steps(who: str, kind: str):
 
 
 def train_step():
-    if "int8" in kinds:
-        kinds.remove("int8")
+    autocast = [kind for kind in kinds if kind != "int8"]
+    if not autocast:
+        raise ValueError(f"kinds={kinds} has nothing to train in: float32, bfloat16 or float16")
     names = ["ours", "transformers"] + ["nanoGPT"] * bool(peer)
     if peer:
         load_peer()
-    found = {(who, kind): [] for kind in kinds for who in names}
+    found = {(who, kind): [] for kind in autocast for who in names}
     for _ in tqdm(range(repeats), desc="repeats", disable=None):
         for (who, kind), measured in found.items():
             words = [f"--{name}={value}" for name, value in (
@@ -351,11 +356,11 @@ def train_step():
                 raise ValueError(f"{who} failed: {(out.stderr.strip() or '-').splitlines()[-1]}")
             measured.append(json.loads(out.stdout))
     model = GPT(PRESETS[preset])
-    env = Device(device, kinds[0])
+    env = Device(device, autocast[0])
     print(f"{preset}, {env.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
           f"steps of {batch_size} x {block_size} tokens, median of {repeats} x {steps}, in turn")
     per_token = model.flops_per_token(block_size)
-    for kind in kinds:
+    for kind in autocast:
         rate = env.peak_flops() if env.type == "cuda" else None
         rate = rate or matmul_rate(Device(device, kind))
         print(f"\n{kind}; 1.00 of peak is {rate / 1e12:.3f} TFLOP/s"

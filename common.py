@@ -45,7 +45,7 @@ class Device:
             int(os.environ.get(name, default))
             for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         if device == "auto":
-            mps = torch.backends.mps.is_available()
+            mps = torch.backends.mps.is_available() and self.world == 1  # gloo cannot reduce there
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         try:
             self.device = torch.device(device)
@@ -119,11 +119,18 @@ class Device:
 
     def update(self, optimizer, parameters, grad_clip: float) -> torch.Tensor:
         """One update from the gradients, which are then cleared; float16's scale is taken out and
-        their norm, returned as it was, cut to grad_clip (0: not at all)."""
+        their norm, returned as it was, cut to grad_clip (0: not at all). It changes nothing where
+        the norm is not finite."""
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # as the scaler does it: a GPU
+            optimizer.grad_scale, optimizer.found_inf = None, 1 - norm.isfinite().float()
+            optimizer.step()  # need not be waited for
+        elif norm.isfinite():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -349,6 +356,8 @@ def restore(update, saved: dict):
     for old, new in zip(saved["param_groups"], update.param_groups):
         old |= {key: value for key, value in new.items() if key != "params"}
     update.load_state_dict(saved)
+    if not update.state and any("parts" in group for group in update.param_groups):
+        return  # Muon's, before its first update that was not skipped
     for group in update.param_groups:
         names = ["momentum_buffer"] if "parts" in group else ["exp_avg", "exp_avg_sq", "step"]
         for p in group["params"]:
@@ -356,8 +365,9 @@ def restore(update, saved: dict):
             if {key: getattr(value, "shape", None) for key, value in state.items()} != {
                     name: () if name == "step" else p.shape for name in names}:
                 raise ValueError("the state of its optimizer is of other parameters")
-            for key in names:  # else the file stays mapped, and on disk, for good
-                state[key] = state[key].clone()
+            for key in names:  # copies, else the file stays mapped, and on disk, for good
+                like = state[key] if key == "step" else p  # fused AdamW goes through memory as it lies
+                state[key] = torch.empty_like(like).copy_(state[key])
 
 
 def clear_up(out_dir: Path, checkpoint: Path | None):
@@ -442,7 +452,7 @@ class Metrics:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         fig, ax = plt.subplots(figsize=(7, 4.2), dpi=110, layout="constrained")
-        for key, label, style in (("train_loss", "training (one step)", {"lw": 0.8, "alpha": 0.6}),
+        for key, label, style in (("train_loss", "training", {"lw": 0.8, "alpha": 0.6}),
                                   ("val_loss", "validation", {"lw": 1.8, "marker": "o", "ms": 3})):
             points = [(row["tokens"], row[key]) for row in self.rows if key in row]
             if points:
@@ -466,7 +476,9 @@ def set_aside(out_dir: Path):
     # not *.tmp: those clear_up removes, as files
     moving, previous = out_dir / "previous.part", out_dir / "previous"
     found = checkpoints(out_dir)
-    if not found and not moving.is_dir() and not (out_dir / "results.json").is_file():
+    # metrics.jsonl alone is a run stopped before it had anything; what OUT/previous holds is worth more
+    if not found and not moving.is_dir() and not any(
+            (out_dir / name).exists() for name in ("best", "results.json")):
         return
     moving.mkdir(exist_ok=True)
     for name in [*(path.name for path in reversed(found)), "metrics.jsonl", "loss.png", "best",
@@ -514,6 +526,24 @@ def newest_run() -> str:
     return str(max(runs, key=lambda run: (run / "ckpt.pt").stat().st_mtime))
 
 
+def model_tokenizer(name, revision: str | None = None):
+    """The Tokenizer that lies with a model (a run folder, a Hugging Face folder or a hub name), or
+    None."""
+    from tokenizer import from_json, open_tokenizer
+    folder = local_folder(name)
+    best = (folder / "best" / "config.json").is_file()
+    if (folder / "ckpt.pt").is_file() and not best:
+        return from_json(load_torch(folder / "ckpt.pt").get("tokenizer", ""))
+    if folder.is_dir():
+        folder = folder / "best" if best else folder
+        has = any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "vocab.bpe"))
+        return open_tokenizer(folder) if has else None
+    file = hub_file(str(name), "tokenizer.json", revision)
+    if file is None and hub_file(str(name), "vocab.json", revision):
+        file = hub_file(str(name), "merges.txt", revision)  # its vocab.json lies beside it
+    return open_tokenizer(file) if file else None
+
+
 def load_model(name, tokenizer=None, **options):
     """(GPT, its Tokenizer) of a run folder, a Hugging Face folder or a hub name; of a folder with
     low-rank adapters in PEFT's format, their base with the adapters merged.
@@ -521,7 +551,7 @@ def load_model(name, tokenizer=None, **options):
     options go to GPT.from_pretrained. A model without tokenizer files is taken for GPT-2's; another
     tokenizer, or its name, may be given. ValueError when its size is not the model's.
     """
-    from tokenizer import from_json, open_tokenizer
+    from tokenizer import open_tokenizer
     folder = local_folder(name)
     if (folder / "adapter_config.json").is_file():
         from lora import load_adapter, merge
@@ -529,22 +559,14 @@ def load_model(name, tokenizer=None, **options):
         model, tokenizer = load_model(str(base), tokenizer, **options)
         load_adapter(model, folder)
         merge(model)
+        for module in model.modules():  # for good: a later `unmerge` is for adapters put on since
+            vars(module).pop("unmerged", None)
         return model, tokenizer
     model = GPT.from_pretrained(name, **options)
-    if tokenizer is not None:
-        tokenizer = open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    elif (folder / "ckpt.pt").is_file() and not (folder / "best" / "config.json").is_file():
-        tokenizer = from_json(load_torch(folder / "ckpt.pt").get("tokenizer", ""))
-    elif folder.is_dir():
-        folder = folder / "best" if (folder / "best" / "config.json").is_file() else folder
-        has = any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "vocab.bpe"))
-        tokenizer = open_tokenizer(folder if has else "gpt2")
-    else:
-        revision = options.get("revision")
-        file = hub_file(str(name), "tokenizer.json", revision)
-        if file is None and hub_file(str(name), "vocab.json", revision):
-            file = hub_file(str(name), "merges.txt", revision)  # its vocab.json lies beside it
-        tokenizer = open_tokenizer(file if file else "gpt2")
+    if tokenizer is None:
+        tokenizer = model_tokenizer(name, options.get("revision")) or "gpt2"
+    if isinstance(tokenizer, str):
+        tokenizer = open_tokenizer(tokenizer)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids, the model "
                          f"in {name} has {model.config.vocab_size}; name another with --tokenizer")

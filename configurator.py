@@ -18,6 +18,7 @@ import glob
 import inspect
 import io
 import os
+import re
 import sys
 import textwrap
 import tokenize
@@ -38,13 +39,14 @@ def configure(settings: dict, argv=None, commands=(), positionals=False) -> list
     """Set a script's globals from its command line (default: `sys.argv[1:]`).
 
     Returns the command word (the first word, one of `commands`, if any are declared), then the
-    other words if `positionals`. Where anything is wrong, raises ValueError with one line and
-    leaves `settings` untouched. `--help` prints and exits 0.
+    other words if `positionals`, among which a .py file is no config. Where anything is wrong,
+    raises ValueError with one line and leaves `settings` untouched. `--help` prints and exits 0.
     """
     known = find_settings(settings)
     kinds = {name: kind for name, (_, kind, _) in known.items()}
     values = {name: default for name, (default, _, _) in known.items()}
     todo, words = list(sys.argv[1:] if argv is None else argv), []
+    given = {}  # by options, not by config files
     first = f"the first word is one of {', '.join(commands)}"
     while todo:
         word = todo.pop(0)
@@ -66,8 +68,11 @@ def configure(settings: dict, argv=None, commands=(), positionals=False) -> list
                 got, todo = todo[:end], todo[end:]
             if not got:
                 raise error(f"{option} needs a value: {kind}")
-            values[name] = check(option, parse(got, kind), kind)
-        elif word.endswith(".py") and len(words) <= bool(commands):
+            value = check(option, parse(got, kind), kind)
+            if kind.startswith("list") and value and given.get(name):  # of a single value the later wins
+                raise error(f"{option} is given twice; give all its values at once: {option} ONE TWO …")
+            values[name] = given[name] = value
+        elif word.endswith(".py") and not (words and positionals):
             values = read_config(word, kinds, values)
         elif commands and not words and word not in commands:
             raise error(f"unexpected word {word!r}; {first}")
@@ -87,9 +92,12 @@ def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None
 
     An error raised by our own code is a message to a person, and so is one of the file system; any
     other that comes out of a library is a bug. So OSError, and ValueError and ImportError whose
-    innermost frame is in a file of this folder, become one line and exit status 2; the rest keep
-    their traceback.
+    innermost frame is in a file of this folder, and torch's for a GPU without room, become one line and
+    exit status 2; the rest keep their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a text that a terminal cannot show must not end a run
+            stream.reconfigure(errors="backslashreplace")
     ranks = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
     rank = f"[rank {os.environ['RANK']}] " if ranks and "RANK" in os.environ else ""
     try:
@@ -100,6 +108,15 @@ def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None
     except KeyboardInterrupt:
         print(f"{rank}interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":  # torch's, which this file does without
+            raise
+        tried = re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)
+        less = (f"lower --batch_size={settings['batch_size']}" if "batch_size" in settings else
+                "ask for less at once")
+        print(f"{rank}error: the GPU has no room for this ({(tried or ['out of memory'])[0]}); {less}",
+              file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError, ImportError) as e:
         *_, (frame, _) = traceback.walk_tb(e.__traceback__)
         file = frame.f_code.co_filename

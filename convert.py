@@ -10,7 +10,6 @@ pipeline("text-generation") load it offline, and so does --init_from of the scri
 """
 
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from common import Metrics, load_model
 from configurator import run
 from data import write_text
 from model import GPT, GPTConfig, load_torch
-from tokenizer import char_tokenizer, open_tokenizer
+from tokenizer import open_tokenizer
 
 input: str | None = None  # run folder, Hugging Face folder, hub name, or nanoGPT's ckpt.pt
 out: str | None = None  # the folder to write
@@ -35,6 +34,9 @@ def load_nanogpt(path) -> tuple[GPT, dict]:
     compiled or not. GPT-2's vocabulary padded to 50,304 is cut back to 50,257. Nothing in the file
     is run. ValueError for another file."""
     checkpoint = load_torch(path)
+    if "model_args" not in checkpoint and {"model", "config", "settings"} <= checkpoint.keys():
+        raise ValueError(f"{path} is a checkpoint of the scripts here, not nanoGPT's: give its folder, "
+                         f"--input={path.parent}")
     try:
         args = checkpoint["model_args"]
         vocab_size = 50257 if args["vocab_size"] == 50304 else args["vocab_size"]
@@ -53,23 +55,6 @@ def load_nanogpt(path) -> tuple[GPT, dict]:
     except RuntimeError as e:
         raise ValueError(f"{path} does not fit its own model_args: {e}") from None
     return model.eval(), checkpoint
-
-
-def nanogpt_characters(path):
-    """The tokenizer of nanoGPT's meta.pkl; a pickle that names any class or function is refused."""
-    class Plain(pickle.Unpickler):
-        def find_class(self, module, name):
-            raise ValueError(f"{path} wants to run {module}.{name}: refused")
-
-    try:
-        with open(path, "rb") as file:
-            characters = Plain(file).load()["itos"]
-        alphabet = [characters[i] for i in range(len(characters))]
-    except (pickle.UnpicklingError, KeyError, TypeError, EOFError) as e:
-        raise ValueError(f"{path} is no meta.pkl of nanoGPT's: {e}") from None
-    if alphabet != sorted(alphabet):
-        raise ValueError(f"{path}: its characters are not in code point order")
-    return char_tokenizer(alphabet)
 
 
 def facts(folder: Path) -> dict:
@@ -123,8 +108,7 @@ def main():
     if bad:
         raise ValueError(f"notes: got {bad[0]!r:.60}, expected `Name: text`")
     if tokenizer is not None:
-        tok = nanogpt_characters(tokenizer) if tokenizer.endswith(".pkl") else \
-            open_tokenizer(tokenizer)
+        tok = open_tokenizer(tokenizer)
     if path.is_file():
         model, checkpoint = load_nanogpt(path)
         tok = tok or open_tokenizer("gpt2")

@@ -2,7 +2,7 @@
 
 A data folder holds `{train,val}_00000.bin …` (raw little-endian uint8 or uint16), `tokenizer.json`
 and, written last, `meta.json`. One with only nanoGPT's `train.bin` and `val.bin` is read as uint16
-GPT-2 tokens.
+GPT-2 tokens, or, with its `meta.pkl` beside them, as characters.
 """
 
 import csv
@@ -85,10 +85,13 @@ def find_files(patterns) -> list[Path]:
     """Files named by paths and globs, in the order given; ValueError for one that names none."""
     files = []
     for pattern in patterns:
-        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if os.path.isdir(pattern):
+            raise ValueError(f"{pattern} is a folder: give {os.path.join(pattern, '*')}")
+        found = [pattern] if os.path.isfile(pattern) else [
+            file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
         if not found:
             raise ValueError(f"no file matches {pattern!r}")
-        files += [Path(file) for file in found if os.path.isfile(file)]
+        files += map(Path, found)
     return files
 
 
@@ -116,7 +119,7 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
         return
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # without Windows' byte-order mark
             if ".jsonl" in path.suffixes:
                 for number, line in enumerate(file, 1):
                     if line.strip():
@@ -381,7 +384,9 @@ class Data:
                     raise ValueError(f"{file} has {file.stat().st_size:,} bytes, expected whole uint16 "
                                      "tokens: it was cut; prepare it again")
             self.meta, self.vocab_size, self.eos_id = None, 50257, 50256
-            self.train, self.val = (Split([file], "<u2", 50257) for file in old)
+            if (folder / "meta.pkl").is_file():
+                self.vocab_size, self.eos_id = self.tokenizer().vocab_size, None
+            self.train, self.val = (Split([file], "<u2", self.vocab_size) for file in old)
             return
         try:
             self.meta = meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -428,7 +433,8 @@ class Data:
         """The Tokenizer that made the shards; ValueError where the folder has another."""
         from tokenizer import open_tokenizer
         if self.meta is None:
-            return open_tokenizer("gpt2")
+            characters = self.folder / "meta.pkl"
+            return open_tokenizer(characters if characters.is_file() else "gpt2")
         tokenizer = open_tokenizer(self.folder)
         known = self.meta.get("tokenizer_sha256")
         if ((tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id)

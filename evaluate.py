@@ -34,6 +34,7 @@ from common import Device, command_line, load_model, newest_run
 from configurator import run
 from data import Data, replacing, write_text
 from decode import beam_search, prepare
+from model import check_sampling
 
 init_from: str | None = None  # run folder, Hugging Face folder or hub name; None: newest in out/,
     # or weights/
@@ -163,6 +164,19 @@ def parse_decoding(text: str) -> dict:
     return options
 
 
+def check(text: str, options: dict, config):
+    """ValueError for options of a decoding that are out of range for a model."""
+    V, beams, penalty = config.vocab_size, options.get("num_beams", 1), options.get("length_penalty", 1)
+    try:
+        check_sampling(config, torch.zeros(1, 1), max_new_tokens, options.get("temperature", 1.0),
+                       options.get("top_k"), options.get("top_p"))
+        if not 1 <= beams <= V or not math.isfinite(penalty):
+            raise ValueError(f"num_beams must be in 1 … {V} (the vocabulary), length_penalty a number; "
+                             f"got {beams} and {penalty}")
+    except ValueError as e:
+        raise ValueError(f"decoding {text!r}: {e}") from None
+
+
 def decode_all(model, prompts: list[list[int]], options: dict, eos_id: int, bar) -> list[list[int]]:
     """The new ids for each prompt, end-of-text included where it was reached."""
     groups, made = defaultdict(list), [[]] * len(prompts)
@@ -235,6 +249,8 @@ def main():
     env = Device(device, dtype)
     name = init_from or newest_run()
     model, tok = load_model(name, dtype=env.dtype)
+    for way in decoding:  # now rather than at its turn
+        check(way, ways[way], model.config)
     if tok.eos_id is None:
         raise ValueError(f"the {tok.name} tokenizer of {name} has no end-of-text that ends a story")
     pairs = [pair for pair in map(cut, documents(data, "val")) if pair]

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from common import (
     StopSignal,
     keep_freed_memory,
     load_model,
+    locked,
     lr_scale,
     micro_batch_seed,
     read_settings,
@@ -48,7 +49,7 @@ from common import (
 from configurator import run
 from data import normalize, read_table, replacing, write_text
 from lora import merge, set_trainable, unmerge
-from model import GPT, read_json, read_pretrained
+from model import GPT, local_folder, read_json, read_pretrained
 from tokenizer import open_tokenizer
 
 # what and where
@@ -119,10 +120,11 @@ def label_name(value, where: str) -> str:
     return name if number is None else str(int(number))
 
 
-def as_split(rows, where: str, need_labels: bool) -> dict:
+def as_split(rows, where: str, labels: bool | None) -> dict:
     """{where, row, id, text: [(text,) or (text, pair)], label: [name] or None} of a table; row
-    counts from 1, a header not. ValueError for a missing column, a row without text or label."""
-    if not text_column or need_labels and not label_column:
+    counts from 1, a header not. labels: True needs them, None takes them where they are, False does
+    not look. ValueError for a missing column, a row without text or label; null is an empty text."""
+    if not text_column or labels and not label_column:
         raise ValueError("text_column and label_column must name a column")
     rows = [row for row in rows  # without the four of another kind that end MRPC's training file
             if not (isinstance(row, dict) and row.get("#1 ID") == "-1")]
@@ -131,21 +133,22 @@ def as_split(rows, where: str, need_labels: bool) -> dict:
     columns = []
     for names in (text_column, text_pair_column, label_column):
         columns.append(next((name for name in names if name in rows[0]), None))
-        if names and columns[-1] is None and (names is not label_column or need_labels):
+        if names and columns[-1] is None and (names is not label_column or labels):
             raise ValueError(f"{where} has no column {' or '.join(map(repr, names))}; it has "
                              f"{', '.join(repr(name) for name in rows[0] if name is not None)}")
-    split = {"where": where, "row": [], "id": [], "text": [], "label": [] if columns[2] else None}
+    split = {"where": where, "row": [], "id": [], "text": [], "label": None}
     for number, row in enumerate(rows, 1):
-        texts = tuple(row.get(c) if isinstance(row, dict) else None for c in columns[:2] if c)
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"row {number} of {where} has no text: {texts!r:.60}")
+        texts = [row.get(c, 0) if isinstance(row, dict) else 0 for c in columns[:2] if c]
+        if not all(text is None or isinstance(text, str) for text in texts):
+            raise ValueError(f"row {number} of {where} has no text: {row!r:.60}")
         split["row"].append(number)
-        split["text"].append(texts)
+        split["text"].append(tuple(text or "" for text in texts))
         split["id"].append(str(row.get("id", number)).strip())
-        if columns[2]:
-            split["label"].append(label_name(row.get(columns[2]), f"row {number} of {where}"))
-    if split["label"] and not need_labels and set(split["label"]) == {"-1"}:
-        split["label"] = None  # the hub's way to have none
+    found = [row.get(columns[2]) for row in rows]
+    none = {"" if value is None else str(value).strip() for value in found} <= {"", "-1", "-1.0"}
+    if columns[2] and (labels or labels is None and not none):  # blank or -1: the ways to have none
+        split["label"] = [label_name(value, f"row {number} of {where}")
+                          for number, value in enumerate(found, 1)]
     return split
 
 
@@ -175,7 +178,7 @@ def read_splits() -> dict:
         tables = {name: read_table(file) for name, file in where.items()}
     if score_test and "test" not in tables:
         raise ValueError("there is no test split to score; give --test_file")
-    splits = {name: as_split(table, str(where[name]), name != "test" or bool(score_test))
+    splits = {name: as_split(table, str(where[name]), name != "test" or score_test)
               for name, table in tables.items()}
     if "dev" not in splits:
         train, n = splits["train"], max(1, round(dev_fraction * len(splits["train"]["id"])))
@@ -184,8 +187,6 @@ def read_splits() -> dict:
                              f"{dev_fraction} none is left to train on")
         order = np.random.default_rng(seed).permutation(len(train["id"]))
         splits["dev"], splits["train"] = take(train, order[:n]), take(train, order[n:])
-    if score_test is False and "test" in splits:
-        splits["test"]["label"] = None
     return splits
 
 
@@ -203,10 +204,10 @@ def class_numbers(split: dict, names: list[str]) -> np.ndarray | None:
 
 # ---- tokens and batches ----
 
-def encode(texts, tokenizer, T: int) -> tuple[list[np.ndarray], str]:
-    """(ids of each text, pair or filled prompt, at most T; a note of what was cut and empty). Of a
-    pair that is too long each keeps a half, or what the other leaves."""
-    slots = ["text", "text_pair"][:len(texts[0])]
+def encode(split: dict, tokenizer, T: int) -> tuple[list[np.ndarray], str]:
+    """(ids of each text, pair or filled prompt of a split, at most T; a note of what was cut and
+    empty). Of a pair that is too long each keeps a half, or what the other leaves."""
+    slots = ["text", "text_pair"][:len(split["text"][0])]
     form = re.split(r"\{(text|text_pair)\}", prompt if style == "cloze" else
                     "".join(f"{{{slot}}}" for slot in slots))
     if form[1::2] != slots:
@@ -217,11 +218,11 @@ def encode(texts, tokenizer, T: int) -> tuple[list[np.ndarray], str]:
     room, rows, cut, empty = T - sum(map(len, fixed)), [], 0, 0
     if room < len(slots):
         raise ValueError(f"max_tokens={T} leaves no room beside a prompt of {T - room} tokens")
-    for number, text in enumerate(texts, 1):
+    for number, text in zip(split["row"], split["text"]):
         try:
             ids = [tokenizer.encode(normalize(part) if lowercase else part) for part in text]
         except ValueError as e:
-            raise ValueError(f"text {number}: {e}") from None
+            raise ValueError(f"row {number} of {split['where']}: {e}") from None
         empty += not all(map(len, ids))
         if sum(map(len, ids)) > room:
             first = min(len(ids[0]), max(room - sum(map(len, ids[1:])), room // len(ids)))
@@ -242,7 +243,7 @@ def collate(rows, pad: int, device):
     for i, row in enumerate(rows):
         ids[i, :len(row)] = row
     last = torch.tensor([len(row) - 1 for row in rows])
-    return torch.from_numpy(ids).to(device, non_blocking=True), last.to(device, non_blocking=True)
+    return torch.from_numpy(ids).to(device), last.to(device)
 
 
 def epoch_batches(lengths, epoch: int) -> list[np.ndarray]:
@@ -310,6 +311,12 @@ def load(name: str) -> tuple:
     return gpt, tokenizer, weight, config
 
 
+def saved_classes(config: dict) -> list:
+    """The classes that a config.json names, in order."""
+    labels = config.get("id2label") or {}
+    return [labels.get(str(i)) for i in range(len(labels))]
+
+
 def answer_ids(tokenizer, names) -> list[int]:
     """The token of each class's verbalizer; ValueError for a word that is several."""
     if len(verbalizers) != len(names):
@@ -326,7 +333,7 @@ def answer_ids(tokenizer, names) -> list[int]:
 
 
 def save(out: Path, net: Classifier, tokenizer, names, answers, T: int, pairs: bool):
-    """OUT/best, written beside it and then put in its place."""
+    """OUT/best, written beside it and put in its place in one step, so that it is always whole."""
     gpt, new = net.gpt, out / "saving.part"
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     merge(gpt)
@@ -345,9 +352,9 @@ def save(out: Path, net: Classifier, tokenizer, names, answers, T: int, pairs: b
         "finetune_cls": {"style": style, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
                          "lowercase": lowercase, "max_tokens": T, "pairs": pairs}}
     write_text(new / "best" / "config.json", json.dumps(config, indent=2) + "\n")
-    if (out / "best").is_dir():  # whole in one place or the other, whenever this is killed
-        os.replace(out / "best", new / "old")
-    os.replace(new / "best", out / "best")
+    # set_aside moved another run's best/ away; in one of this run nothing but the weights differs
+    better = "best/model.safetensors" if (out / "best").is_dir() else "best"
+    os.replace(new / better, out / better)
     shutil.rmtree(new)
 
 
@@ -416,45 +423,57 @@ def write_cs224n(out: Path, part: str, split: dict, logits, names: list[str]):
     name, title = f"{how}-{task}-{part}-out.csv", "Sentiment"
     if len(split["text"][0]) == 2:  # GPT-2's tokens "yes" and "no"
         name, title = f"para-{part}-output.csv", "Is_Paraphrase"
-        found = [8505 if k == "1" else 3919 for k in found]
+        found = [8505 if k == 1 else 3919 for k in logits.argmax(-1).tolist()]  # 1: the second class,
+        # the positive one, whatever its name
     write_text(out / "predictions" / name, f"id \t Predicted_{title} \n" + "".join(
         f"{i}, {k} \n" for i, k in zip(split["id"], found)))
 
 
-def classify(env, out: Path, gpt, tokenizer, head_weight, config: dict):
-    """--predict and --predict_file: what a trained run makes of texts."""
+def classify(env, say, gpt, tokenizer, head_weight, config: dict):
+    """--predict and --predict_file: what a trained run makes of texts. The file's predictions lie
+    beside the run, or in out_dir if that is on the hub."""
     if "finetune_cls" not in config:
         raise ValueError(f"{init_from} is no run of finetune_cls.py to predict with; name one with "
                          "--init_from")
     saved = config["finetune_cls"]
     globals().update({key: value for key, value in saved.items() if key != "pairs"})
-    names = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
+    names = saved_classes(config)
     if head_weight is None:
         head_weight = gpt.lm_head.weight[answer_ids(tokenizer, names)].detach()
     net = Classifier(gpt, head_weight).to(env.device).eval()
     n = 1 + saved["pairs"]  # texts that go together
-    split = {"text": list(zip(*[iter(predict)] * n)), "label": None}
+    split = {"text": list(zip(*[iter(predict)] * n)), "label": None, "where": "--predict",
+             "row": range(1, len(predict) + 1)}
     if predict_file:
-        split = as_split(read_table(predict_file), predict_file, bool(score_test))
+        split = as_split(read_table(predict_file), predict_file, score_test)
     if len(predict) % n or len(split["text"][0]) != n:
         raise ValueError(f"{init_from} classifies "
                          + ("pairs: give two texts" if saved["pairs"] else "single texts"))
-    rows, note = encode(split["text"], tokenizer, max_tokens)
+    rows, note = encode(split, tokenizer, max_tokens)
     logits = over(net, rows, len(names), tokenizer.eos_id, env).cpu()
-    if not predict_file:
-        for text, p in zip(split["text"], logits.softmax(-1)):
-            print(f"{names[p.argmax()]}  {p.max():.3f}  {' | '.join(text)}")
-        return
-    path = out / f"predictions_{Path(predict_file).stem}.csv"
-    write_predictions(path, split, logits, names)
-    print(f"{path}: {len(rows):,} texts, {note}")
-    if split["label"]:
-        found = measures(class_numbers(split, names), logits.argmax(-1).numpy(), len(names))
-        print(f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}\n"
-              + show(found, names))
+    for text, p in zip(() if predict_file else split["text"], logits.softmax(-1)):
+        say(f"{names[p.argmax()]}  {p.max():.3f}  {' | '.join(text)}")
+    if predict_file:
+        run = local_folder(init_from)
+        path = (run if run.is_dir() else Path(out_dir)) / (  # no name that its own results have
+            f"predictions_of_{Path(predict_file).stem}.csv")
+        if env.rank == 0:
+            write_predictions(path, split, logits, names)
+        say(f"{path}: {len(rows):,} texts, {note}")
+        if split["label"]:
+            found = measures(class_numbers(split, names), logits.argmax(-1).numpy(), len(names))
+            say(f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}\n"
+                + show(found, names))
+    env.close()
 
 
 def main():
+    with ExitStack() as stack:
+        finetune(stack)
+
+
+def finetune(stack):
+    """One run, or the predictions of one; what it locks is freed by the stack."""
     settings = read_settings(globals(), LEAST, CHOICES)
     env, out = Device(device, dtype), Path(out_dir)
     say = partial(print, flush=True) if env.rank == 0 else lambda *args: None
@@ -463,7 +482,8 @@ def main():
     torch.manual_seed(seed)
     gpt, tokenizer, head_weight, config = load(init_from)
     if predict or predict_file:
-        return classify(env, out, gpt, tokenizer, head_weight, config)
+        return classify(env, say, gpt, tokenizer, head_weight, config)
+    stack.enter_context(locked(out, env))
 
     # ---- the data ----
     clock = time.perf_counter()
@@ -480,7 +500,7 @@ def main():
     labels, rows = {}, {}
     for name, split in splits.items():
         labels[name] = class_numbers(split, names)
-        rows[name], note = encode(split["text"], tokenizer, T)
+        rows[name], note = encode(split, tokenizer, T)
         say(f"{name}: {len(rows[name]):,} texts, {sum(map(len, rows[name])):,} tokens, {note}"
             + ("" if split["label"] else ", no labels"))
     lengths, targets = np.array([*map(len, rows["train"])]), torch.from_numpy(labels["train"])
@@ -493,7 +513,14 @@ def main():
         gpt.lm_head = nn.Linear(*head_weight.shape[::-1], bias=False)
         gpt.lm_head.weight.data = head_weight.clone()
         head_weight = head_weight[answers]
-    else:
+    elif head_weight is None or saved_classes(config) != names:
+        there = "no linear layer" if head_weight is None else (
+            f"a linear layer for the classes {', '.join(map(str, saved_classes(config)))}")
+        if not epochs:
+            raise ValueError(f"{init_from} has {there}, and epochs=0 trains none for "
+                             f"{', '.join(names)}: give a run that has one, or --style=cloze")
+        if head_weight is not None:
+            say(f"{init_from} has {there}: a new one is made for {', '.join(names)}")
         head_weight = torch.randn(K, gpt.config.n_embd) * 0.02
     set_trainable(gpt, mode, train_blocks, lora_rank, lora_alpha, lora_dropout)
     if hasattr(gpt, "lm_head"):
@@ -545,7 +572,7 @@ def main():
         metrics = Metrics(out)
     step, texts, tokens, loss_sum, counted = 0, 0, 0, 0.0, 0
     best, best_epoch, kept = (-1.0, 0.0), 0, None  # (accuracy, -loss) on dev
-    stop = StopSignal()
+    stop, stopped = StopSignal(), False
 
     # ---- the loop ----
     net.train()
@@ -573,10 +600,11 @@ def main():
             env.update(update, trained, grad_clip)
             step, texts, counted = step + 1, texts + n, counted + n
             tokens += int(lengths[batch].sum())
-            if env.sum(bool(stop.received))[0]:  # on every rank, or none
+            stopped = step < max_steps and env.sum(bool(stop.received))[0] > 0  # on all ranks, or none
+            if stopped:
                 say(f"stopped by {stop.received or 'a signal'} at update {step} of {max_steps}; "
-                    + (f"{out / 'best'} holds epoch {best_epoch}" if kept else "nothing saved yet"))
-                return env.close()
+                    + (f"epoch {best_epoch}, the best, is judged" if kept else "nothing saved yet"))
+                break
             if step % log_interval == 0 or step % per_epoch == 0:
                 mean = env.sum(float(loss_sum))[0] / counted
                 if env.rank == 0:
@@ -584,6 +612,8 @@ def main():
                 loss_sum, counted = 0.0, 0
         spent = time.perf_counter() - clock
         seconds += spent
+        if stopped:
+            break
         _, found = judge("dev")
         say(f"epoch {epoch}: dev accuracy {found['accuracy']:.4f}, macro-F1 "
             f"{found['macro_f1']:.4f}, loss {found['loss']:.4f}"
@@ -601,10 +631,12 @@ def main():
             break
 
     # ---- judged by the best epoch ----
+    if not kept:
+        return env.close()
     net.load_state_dict(kept)
     results = {"best_epoch": best_epoch, "seconds": seconds, "seed": seed, "classes": names,
                "parameters": parameters, "trained_parameters": trained_parameters,
-               "texts_per_s": epochs and texts / seconds}
+               "updates": step, "stopped": stopped, "texts_per_s": epochs and texts / seconds}
     for name in ("dev", "test"):
         if name not in splits:
             continue

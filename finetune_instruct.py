@@ -16,6 +16,7 @@ import math
 import shutil
 import time
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from itertools import zip_longest
 from os.path import commonprefix
@@ -35,6 +36,7 @@ from common import (
     StopSignal,
     keep_freed_memory,
     load_model,
+    locked,
     lr_scale,
     micro_batch_seed,
     read_settings,
@@ -44,7 +46,7 @@ from common import (
     set_aside,
 )
 from configurator import run
-from data import fill_template, read_table, write_text
+from data import digest, fill_template, read_table, write_text
 from lora import merge, save_adapter, set_trainable, unmerge
 from model import GPT, GPTConfig, load_torch, local_folder
 from optim import build_optimizer
@@ -100,16 +102,19 @@ FIELDS = ("instruction", "input", "output")
 LEAST = {"epochs": 1, "batch_size": 1, "log_interval": 1, "seed": 0, "learning_rate": 0,
          "warmup_fraction": 0, "weight_decay": 0, "grad_clip": 0, "max_new_tokens": 1,
          "eval_interval": 1, "num_answers": 0}
+CHOICES = {"mode": ("full", "lora", "last_blocks")}
 FIXED = ("data", "template", "block_size", "seed", "mode", "train_blocks", "lora_rank",
          "lora_alpha", "lora_targets", "train_on_all", "batch_size")  # a resumed run keeps these
 
 
 # ---- records ----
 
-def read_records(name: str) -> list[dict]:
-    """The records of a file or hub data set, stripped; ValueError for one that cannot be used,
-    with its number, counted from 1."""
-    if Path(name).is_file():
+def read_records(name: str, say=print) -> list[dict]:
+    """The records of a file or hub data set, stripped. ValueError for one that cannot be used, with
+    its number, counted from 1; of a hub data set, which nobody here can mend, it is left out, and
+    how many were is said."""
+    here, faults = Path(name).is_file(), []
+    if here:
         rows = read_table(name)
     else:
         from datasets import load_dataset
@@ -122,11 +127,19 @@ def read_records(name: str) -> list[dict]:
     for number, row in enumerate(rows, 1):
         record = {f: row.get(f) if isinstance(row, dict) else None for f in FIELDS}
         record["input"] = record["input"] or ""
-        for field, text in record.items():
-            if not isinstance(text, str) or not text.strip() and field != "input":
-                raise ValueError(f"record {number} of {name}: {field} is {text!r:.40}, expected "
-                                 f"some text; the record is {row!r:.70}")
-        records.append({field: text.strip() for field, text in record.items()})
+        bad = [field for field, text in record.items()
+               if not isinstance(text, str) or not text.strip() and field != "input"]
+        if not bad:
+            records.append({field: text.strip() for field, text in record.items()})
+            continue
+        faults.append(f"record {number} of {name}: {bad[0]} is {record[bad[0]]!r:.40}, expected some "
+                      f"text; the record is {row!r:.70}")
+        if here:
+            raise ValueError(faults[0])
+    if faults and not records:
+        raise ValueError(faults[0])
+    if faults:
+        say(f"{len(faults):,} of {len(records) + len(faults):,} records left out; {faults[0]}")
     return records
 
 
@@ -146,7 +159,11 @@ def split(records) -> list[list[int]]:
 
 def read_template() -> str:
     """The template's text; ValueError for one without a slot."""
-    form = ALPACA if template is None else Path(template).read_text(encoding="utf-8").rstrip()
+    try:
+        form = ALPACA if template is None else Path(template).read_text("utf-8-sig").rstrip()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"template {template} is not UTF-8 text: {e.reason} at byte {e.start}; "
+                         "save it as UTF-8") from None
     lacks = [slot for slot in FIELDS if f"{{{slot}}}" not in form]
     if lacks or not form.endswith("{output}"):
         raise ValueError(f"template {template} " + (f"has no slot {{{lacks[0]}}}" if lacks else
@@ -170,7 +187,8 @@ def encode(records, tokenizer, form: str, T: int) -> tuple[list[tuple], int]:
                 raise ValueError(f"its answer has {len(answer)} tokens, end-of-text included, and "
                                  f"does not fit a context of {T} behind a prompt")
         except ValueError as e:
-            raise ValueError(f"record {number} of {data}: {e}") from None
+            raise ValueError(f"record {number} of {data} ({record['instruction']!r:.40}): {e}"
+                             ) from None
         if len(prompt) > room:
             head, tail = (tokenizer.encode(part).tolist() for part in (head, tail))
             prompt, cuts = head[:max(0, room - len(tail))] + tail[-room:], cuts + 1
@@ -223,8 +241,7 @@ def collate(rows, on_all: bool, device):
         ids[i, :len(row) - 1] = row[:-1]
         at += range(i * T + first - 1, i * T + len(row) - 1)
         targets += row[first:]
-    return [torch.as_tensor(t, dtype=torch.long).to(device, non_blocking=True)
-            for t in ([prefix], ids, at, targets)]
+    return [torch.as_tensor(t, dtype=torch.long).to(device) for t in ([prefix], ids, at, targets)]
 
 
 def epoch_batches(rows, epoch: int) -> list[np.ndarray]:
@@ -278,7 +295,13 @@ def table(rows: list[dict], columns) -> str:
 
 
 def main():
-    settings = read_settings(globals(), LEAST)
+    with ExitStack() as stack:
+        finetune(stack)
+
+
+def finetune(stack):
+    """One run; what it locks is freed by the stack."""
+    settings = read_settings(globals(), LEAST, CHOICES)
     env, out = Device(device, dtype), Path(out_dir)
     if env.type == "cpu":
         keep_freed_memory()
@@ -290,9 +313,10 @@ def main():
     if Path(init_from).resolve() in (out.resolve(), out.resolve() / "best"):
         raise ValueError(f"init_from={init_from} is the run's own folder, whose best/ this run "
                          "overwrites; give another --out_dir")
+    if init_from == "resume" and not (out / "ckpt.pt").is_file():
+        raise ValueError(f"no {out / 'ckpt.pt'} to resume from; give a model with --init_from")
+    stack.enter_context(locked(out, env))
     if init_from == "resume":
-        if not (out / "ckpt.pt").is_file():
-            raise ValueError(f"no {out / 'ckpt.pt'} to resume from; give a model with --init_from")
         checkpoint = load_torch(out / "ckpt.pt")
         for name in FIXED:
             was = checkpoint["settings"].get(name, "something else")
@@ -303,12 +327,11 @@ def main():
         tokenizer = from_json(checkpoint["tokenizer"])
         base, form = checkpoint["base"], checkpoint["template"]
     else:
-        raw_model, tokenizer = load_model(init_from, block_size=block_size, dropout=dropout)
+        raw_model, tokenizer = load_model(init_from, block_size=block_size, dropout=dropout,
+                                          dtype=torch.float32)
         folder, form = local_folder(init_from), read_template()
         best = folder / "best" if (folder / "best").is_dir() else folder
         base = str(best.resolve()) if best.is_dir() else init_from  # by which PEFT finds it
-    for p in raw_model.parameters():  # the layout of a resumed run: the last bits depend on it
-        p.data = p.data.float().contiguous()
     trained = set_trainable(raw_model, mode, train_blocks, lora_rank, lora_alpha,
                             lora_dropout, lora_targets)
     if checkpoint is not None:
@@ -317,7 +340,12 @@ def main():
     config, parameters = raw_model.config, raw_model.num_params()
 
     # ---- the records ----
-    records = read_records(data)
+    records = read_records(data, say)
+    known = digest(records)
+    if checkpoint is not None and checkpoint.get("data", known) != known:
+        raise ValueError(f"{out / 'ckpt.pt'} was trained on other records than {data} has now, which "
+                         "would mix its splits; bring those back, or begin anew with another "
+                         f"--out_dir and --init_from={out / 'best'}")
     rows, cuts = encode(records, tokenizer, form, config.block_size)
     parts = split(records)
     train, dev, test = ([rows[i] for i in part] for part in parts)
@@ -382,7 +410,7 @@ def main():
                 "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
                 "elapsed_s": elapsed, "best_loss": best_loss, "before": before, "base": base,
                 "template": form, "config": vars(config), "settings": settings,
-                "tokenizer": tokenizer.to_json()})
+                "tokenizer": tokenizer.to_json(), "data": known})
             metrics.plot()
 
     if step == 0:

@@ -7,7 +7,7 @@
 
 import math
 import re
-from itertools import chain
+from itertools import chain, islice
 
 from configurator import run
 from data import describe, find_files, normalize, read_documents, write_data, write_text
@@ -16,7 +16,7 @@ from tokenizer import char_tokenizer, fetch_wheel, open_tokenizer
 name = "shakespeare"  # data/NAME is written; or a path with a slash in it
 input: list = []  # files or globs: .txt, .jsonl (a `text` field), either as .gz or .xz, .parquet
 val_input: list = []  # the same, for validation; without it a part of the input is held out
-val_fraction = 0.1  # held out evenly over the documents; of a single document, its end
+val_fraction = 0.1  # held out evenly over the documents; under 1 / val_fraction of them, the end of each
 tokenizer = "char"  # char, bytes, gpt2, or a trained tokenizer's file
 lowercase = False  # lower-cased, words and punctuation apart, as CS224n's texts (data.normalize)
 save_text: str | None = None  # a file for the plays' text, to train a tokenizer on
@@ -53,14 +53,16 @@ def documents(patterns):
 
 def held_out(texts, fraction: float, val: bool):
     """The part of the documents that is (or is not) for validation: the first of every 1/fraction,
-    so that a stream need not be counted first; of a single document, its end."""
+    so that a stream need not be counted first; where there are fewer than that, the end of each."""
     texts = iter(texts)
-    first, second = next(texts, ""), next(texts, None)
-    if second is None:
-        cut = int(len(first) * (1 - fraction))
-        yield first[cut:] if val else first[:cut]
+    few = list(islice(texts, math.ceil(1 / fraction)))
+    if len(few) < 1 / fraction:
+        for text in few:
+            cut = int(len(text) * (1 - fraction))
+            if part := text[cut:] if val else text[:cut]:
+                yield part
         return
-    for number, text in enumerate(chain([first, second], texts)):
+    for number, text in enumerate(chain(few, texts)):
         if (math.ceil((number + 1) * fraction) > math.ceil(number * fraction)) == val:
             yield text
 
@@ -68,6 +70,8 @@ def held_out(texts, fraction: float, val: bool):
 def main():
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    if input and name == "shakespeare":
+        raise ValueError("--input needs a --name of its own: data/shakespeare is for the plays")
     if save_text and input:
         raise ValueError("save_text is for the plays' text, which --input replaces")
     if input:

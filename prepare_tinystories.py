@@ -54,7 +54,7 @@ def main():
     for split, patterns, hub_split in (("train", train_input, "train"),
                                        ("val", val_input, "validation")):
         files = find_files(patterns)
-        texts = ((text for file in files for text in read_documents(file, separator)) if files
+        texts = ((text for file in files for text in read_documents(file, separator)) if patterns
                  else hub_stories(hub_split))
         splits[split] = stories(texts, counts)
     meta = write_data(name, open_tokenizer(tokenizer), splits)

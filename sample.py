@@ -23,7 +23,8 @@ revision: str | None = None  # of a hub name
 start = ""  # the prompt, or FILE:path; empty: a fresh document
 instruct: str | None = None  # instead of start: an instruction, for a run of finetune_instruct.py
 instruct_input = ""  # what the instruction is about, if anything
-interactive = False  # go on asking for prompts; of such a run, for instructions
+interactive = False  # go on asking for prompts, behind one that is given; of such a run, for
+    # instructions
 num_samples = 1  # decoded as one batch; a single one is printed as it comes
 max_new_tokens = 256
 temperature = 0.8  # 0 is greedy
@@ -108,17 +109,20 @@ def main():
                          "finetune_instruct.py; give the prompt with --start")
     if instruct_input and not (template and (interactive or instruct is not None)):
         raise ValueError("instruct_input is what an instruction is about; give one with --instruct")
+    number = 0
+    if not interactive or start or instruct is not None:
+        write(model, tok, *((start, 0) if instruct is None else (instruct, 0, template)))
+        number = 1
     if not interactive:
-        return write(model, tok, start, 0) if instruct is None else \
-            write(model, tok, instruct, 0, template)
+        return
     print("type an instruction, then Enter; Ctrl-D ends" if template else
           "type a prompt, then Enter; an empty line writes a fresh document, Ctrl-D ends")
-    number = 0
     while True:
         try:
             text = input("\n> ")
         except EOFError:
-            return print()
+            print()
+            return
         try:
             write(model, tok, text, number, template)
         except (ValueError, OSError) as e:  # a character outside the alphabet, say: ask again

@@ -15,6 +15,7 @@ import json
 import math
 import re
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -28,6 +29,7 @@ from common import (
     Metrics,
     keep_freed_memory,
     load_model,
+    locked,
     lr_scale,
     read_settings,
     save_best,
@@ -81,6 +83,7 @@ FILES = ("sonnets.txt", "sonnets_held_out_dev.txt", "TRUE_sonnets_held_out_dev.t
          "sonnets_held_out.txt")  # training, dev prompts, the whole dev poems, test prompts
 LEAST = {"epochs": 0, "patience": 1, "batch_size": 1, "candidates": 1, "seed": 0, "num_beams": 1,
          "learning_rate": 0, "warmup_fraction": 0, "weight_decay": 0, "max_new_tokens": 1}
+CHOICES = {"mode": ("full", "lora", "last_blocks")}
 LINES = 14
 RHYMES = ((0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 13))  # ABAB CDCD EFEF GG
 SWEEP = [{"temperature": 0.0}, {"num_beams": 2}, {"num_beams": 4},
@@ -238,7 +241,7 @@ def rest(poem: str, prompt: str) -> str:
 
 def rhyme_hits(poem: str, prompt: str) -> float | None:
     """Part of a sonnet's rhymes, of those not given with the prompt, that CMUdict knows for rhymes;
-    None where the library (pip install pronouncing) is missing."""
+    None where all are given, or the library (pip install pronouncing) is missing."""
     try:
         from pronouncing import phones_for_word, rhyming_part
     except ImportError:
@@ -246,7 +249,8 @@ def rhyme_hits(poem: str, prompt: str) -> float | None:
     ends = [(words(line) or [""])[-1] for line in poem.split("\n")] + [""] * LINES
     sounds = [{rhyming_part(phones) for phones in phones_for_word(end)} for end in ends]
     pairs = [(a, b) for a, b in RHYMES if b > prompt.count("\n")]
-    return fmean(ends[a] != ends[b] and bool(sounds[a] & sounds[b]) for a, b in pairs)
+    hits = [ends[a] != ends[b] and bool(sounds[a] & sounds[b]) for a, b in pairs]
+    return fmean(hits) if hits else None
 
 
 def measure(poems, prompts, gold, known: set) -> dict:
@@ -257,7 +261,8 @@ def measure(poems, prompts, gold, known: set) -> dict:
     true = [rest(gold[number], prompts[number]) for number in poems]
     corpus_score = CHRF().corpus_score  # Popović 2015, 0 to 100
     five, one, two = ([gram for text in new.values() for gram in ngrams(text, n)] for n in (5, 1, 2))
-    rhymes = [rhyme_hits(poem, prompts[number]) for number, poem in poems.items()]
+    rhymes = [hits for number, poem in poems.items()
+              if (hits := rhyme_hits(poem, prompts[number])) is not None]
     return {
         "chrf": corpus_score(list(poems.values()), [[gold[number] for number in poems]]).score,
         "chrf_continuation": corpus_score(list(new.values()), [true]).score,
@@ -265,7 +270,7 @@ def measure(poems, prompts, gold, known: set) -> dict:
         "copied_5grams": sum(gram in known for gram in five) / max(1, len(five)),
         "distinct_1": len(set(one)) / max(1, len(one)),
         "distinct_2": len(set(two)) / max(1, len(two)),
-        "rhymes": None if None in rhymes else fmean(rhymes)}
+        "rhymes": fmean(rhymes) if rhymes else None}
 
 
 def baselines(poems, prompts, gold, judge) -> dict[str, dict]:
@@ -347,9 +352,16 @@ def train(model: GPT, tok, rows, dev, out: Path) -> tuple[float, int]:
 
 
 def main():
-    settings = read_settings(globals(), LEAST)
+    with ExitStack() as stack:
+        finetune(stack)
+
+
+def finetune(stack):
+    """One run; what it locks is freed by the stack."""
+    settings = read_settings(globals(), LEAST, CHOICES)
     poems, prompts, gold, test = read_data(data_dir)
-    where = Device(device, "float32").device
+    env = Device(device, "float32")
+    where = env.device
     out, clock = Path(out_dir), time.perf_counter()
     keep_freed_memory()
     torch.manual_seed(seed)
@@ -357,7 +369,7 @@ def main():
         tok = open_tokenizer(tokenizer)
         model = GPT(GPTConfig(block_size, tok.vocab_size, n_layer, n_head, n_embd, dropout))
     else:
-        model, tok = load_model(init_from, dropout=dropout)
+        model, tok = load_model(init_from, dropout=dropout, dtype=torch.float32)
     if tok.eos_id is None:
         raise ValueError(f"the {tok.name} tokenizer has no end-of-text to close a poem with; "
                          "prepare its data with --separator, or with a BPE (tokenizer.py train)")
@@ -366,12 +378,11 @@ def main():
     check_sampling(model.config, torch.zeros(1, 1), max_new_tokens, temperature, top_k, top_p)
     for held_out in (prompts, test):  # refused now rather than after training
         encode(held_out, tok, T, whole=False)
-    for p in model.parameters():
-        p.data = p.data.float().contiguous()
     trained = set_trainable(model, mode, train_blocks, lora_rank, lora_alpha)
     model.to(where)
     print(f"{init_from}: {model.num_params():,} parameters, {trained:,} trained ({mode}), {tok.name} "
           f"tokens; {len(rows)} poems of {fmean(map(len, rows)):.0f} tokens", flush=True)
+    stack.enter_context(locked(out, env))
     dev_loss, epoch = train(model, tok, rows, dev, out)
     nats = dev_loss * sum(len(row) - 1 for row in dev)
     dev_bpb = nats / math.log(2) / sum(len(poem.encode()) for poem in gold.values())

@@ -1,12 +1,16 @@
 """The benchmark's parts that run in seconds; its figures are not tests."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import bench
 from configurator import configure, find_settings
+from model import GPTConfig
 from test_train import script
 
 HERE = Path(__file__).parent
@@ -26,8 +30,26 @@ def test_a_measured_step():
     assert found["peak"] > 2  # GB: weights, gradients and two moments of 124 M parameters
 
 
+def test_on_a_gpu(monkeypatch, capsys):
+    """What its defaults and clock do where there is no CPU: int8 left out, the device waited for."""
+    vars(bench).update(DEFAULTS)
+    monkeypatch.setitem(bench.PRESETS, "gpt2", GPTConfig(16, 64, 1, 2, 16))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = bench.decoders(SimpleNamespace(type="cuda", device="cpu"))
+    assert list(found) == ["ours float32", "ours bfloat16", "ours, unprepared"]
+    assert "int8 weights are for CPUs" in capsys.readouterr().out
+    for kind in (torch.cuda, torch.mps):
+        waited = []
+        monkeypatch.setattr(kind, "is_available", lambda: True)
+        monkeypatch.setattr(kind, "synchronize", lambda waited=waited: waited.append(1))
+        bench.timed(lambda: None)
+        assert len(waited) == 2
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+
+
 @pytest.mark.parametrize(("argv", "word"), [
     (["race"], "--peer=FOLDER"), (["race", "--peer=.", "--dataset=no/data"], "is missing"),
+    (["train", "--kinds", "int8"], "float32, bfloat16 or float16"),
     (["train", "--peer=no/where"], "no model.py"), (["train", "--steps=0"], "steps"),
     (["train", "--preset=gpt3"], "gpt2-xl"), (["train", "--block_size=2000"], "1024"),
     (["decode", "--new", "2000"], "1 … 1008"), (["decode", "--kinds", "int4"], "int4"),

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import finetune_cls as script
 from common import Device, save_best
 from configurator import configure, find_settings
 from lora import LoRALinear
 from model import GPT, GPTConfig
-from tokenizer import open_tokenizer, train_bpe
+from tokenizer import char_tokenizer, open_tokenizer, train_bpe
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 HERE = Path(__file__).parent
@@ -115,7 +116,7 @@ def test_best_loads_in_transformers_with_our_logits(base, tmp_path, pairs, style
     split = script.read_splits()["test"]
     gpt, tokenizer, head, _ = script.load(str(tmp_path))
     texts = split["text"] + [("",) * (1 + pairs), ("x" * 90, "y" * 90) if pairs else ("y" * 90,)]
-    rows, _ = script.encode(texts, tokenizer, 18)
+    rows, _ = script.encode({"text": texts, "row": range(99), "where": "it"}, tokenizer, 18)
     ids, last = script.collate(rows, tokenizer.eos_id, "cpu")
     assert len({len(row) for row in rows}) > 3 and ids.size(1) == 18
     names = results["classes"]
@@ -146,12 +147,15 @@ def test_best_loads_in_transformers_with_our_logits(base, tmp_path, pairs, style
     for argv in ([f"--predict_file={base / file}", "--score_test", *more],
                  ["--predict", *split["text"][3]]):
         vars(script).update(DEFAULTS)
-        configure(vars(script), [f"--init_from={tmp_path}", f"--out_dir={tmp_path}", "--device=cpu",
-                                 *argv])
+        configure(vars(script), [f"--init_from={tmp_path}", f"--out_dir={tmp_path}/elsewhere",
+                                 "--device=cpu", *argv])
         capsys.readouterr()
         script.main()
     shown = capsys.readouterr().out
     assert shown.split()[0] == written[3]["prediction"] and shown.split()[1] == f"{p[3]:.3f}"
+    assert (tmp_path / f"predictions_of_{file}").read_text() == (
+        tmp_path / "predictions_test.csv").read_text()  # beside the run, and its own are untouched
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_padded_batch_has_the_logits_of_each_row_alone(base):
@@ -237,12 +241,56 @@ def test_early_stop_stop_signal_and_a_rerun(base, tmp_path, monkeypatch, capsys)
             return "SIGINT" if self.asked == 9 else None
 
     monkeypatch.setattr(script, "StopSignal", Stop)
-    assert run_script(base, tmp_path, "--epochs=2") is None
-    assert "stopped by" in capsys.readouterr().out.splitlines()[-1]
+    results = run_script(base, tmp_path, "--epochs=2")  # judged by the epoch that is whole
+    assert (results["stopped"], results["updates"], results["best_epoch"]) == (True, 9, 1)
+    assert "stopped by" in capsys.readouterr().out
+    assert (tmp_path / "predictions_test.csv").is_file() and (tmp_path / "confusion.png").is_file()
     vars(script).update(DEFAULTS)
     configure(vars(script), [f"--init_from={tmp_path}", "--device=cpu", "--predict", "x a", "y b"])
     script.main()
     assert len(capsys.readouterr().out.splitlines()) == 2
+    Stop.received = "SIGTERM"  # in the first epoch there is nothing to judge
+    assert run_script(base, tmp_path, "--epochs=2") is None
+    assert "nothing saved yet" in capsys.readouterr().out
+
+
+def test_a_trained_head_is_kept_where_the_classes_are_its_own(base, tmp_path, capsys):
+    one = run_script(base, tmp_path / "one", "--epochs=2")
+    again = run_script(tmp_path / "one", tmp_path / "two", f"--data_dir={base}", "--epochs=0")
+    assert again["test_loss"] == pytest.approx(one["test_loss"]) and again["best_epoch"] == 0
+    more = run_script(tmp_path / "one", tmp_path / "more", f"--data_dir={base}", "--epochs=1",
+                      "--learning_rate=0")
+    assert more["test_loss"] == pytest.approx(one["test_loss"])
+    assert "a new one is made" not in capsys.readouterr().out
+    order = [f"--data_dir={base}", "--classes", "good", "fair", "bad"]
+    run_script(tmp_path / "one", tmp_path / "other", *order, "--epochs=1")
+    assert "classes bad, fair, good: a new one is made for good" in capsys.readouterr().out
+    for folder, argv, word in ((tmp_path / "one", order, "for the classes bad, fair, good"),
+                               (base, [], "has no linear layer")):
+        with pytest.raises(ValueError, match=f"{word}, and epochs=0"):
+            run_script(folder, tmp_path / "none", f"--data_dir={base}", *argv, "--epochs=0")
+
+
+def test_a_killed_save_leaves_the_best_model_whole(base, tmp_path, monkeypatch):
+    replace, seen = os.replace, []
+
+    def watched(*paths):
+        replace(*paths)
+        if seen or (tmp_path / "best").is_dir():  # once there, there at every moment
+            seen.append(all((tmp_path / "best" / file).is_file() for file in (
+                "model.safetensors", "config.json", "tokenizer.json")))
+
+    monkeypatch.setattr(os, "replace", watched)
+    results = run_script(base, tmp_path, "--epochs=3")
+    assert results["best_epoch"] > 1 and len(seen) > 5 and all(seen)  # saved more than once
+    monkeypatch.undo()
+    again = run_script(tmp_path, tmp_path / "again", f"--data_dir={base}", "--epochs=0")
+    assert again["test_loss"] == pytest.approx(results["test_loss"])
+
+
+def test_a_folder_in_use_is_refused(base, tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is using"):
+        run_script(base, tmp_path, "--epochs=0", *CLOZE[False])
 
 
 # ---- measures and output ----
@@ -276,6 +324,10 @@ def test_the_courses_form(base, tmp_path):
     assert lines[1:-1] == [f"{row['id']}, {token[row['prediction']]} " for row in rows]
     assert results["positive_f1"] == results["test_positive_f1"] == results["test_f1"][1]
     assert (tmp_path / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    splits = {"id": ["a", "b"], "text": [("x", "y")] * 2}  # classes of other names: the second is yes
+    script.write_cs224n(tmp_path, "test", splits, torch.eye(2), ["differ", "same"])
+    assert (tmp_path / "predictions" / "para-test-output.csv").read_text().endswith(
+        " \na, 3919 \nb, 8505 \n")
     run_script(base, tmp_path, "--epochs=1", "--cs224n", "--mode=last_layer")
     lines = (tmp_path / "predictions" / "last-linear-layer-sst-test-out.csv").read_text()
     assert lines.startswith("id \t Predicted_Sentiment \ntest0, ")
@@ -306,6 +358,21 @@ def test_every_format_gives_the_same_rows(tmp_path):
         assert split["label"] == ["0", "1", "0", "1"], file
 
 
+def test_labels_that_are_not_there_and_texts_that_are_null():
+    vars(script).update(DEFAULTS)
+    for values, labels, want in ((["", None], None, None), (["", "?.5"], False, None),
+                                 ([-1, "-1"], None, None), (["1", 0], None, ["1", "0"])):
+        rows = [{"text": text, "label": value} for text, value in zip((None, "x"), values)]
+        split = script.as_split(rows, "it", labels)
+        assert split["label"] == want and split["text"] == [("",), ("x",)]
+    assert script.encode(split, open_tokenizer("bytes"), 9)[1] == "0 cut, 1 empty"
+    with pytest.raises(ValueError, match="row 1 of it has the label ''"):
+        script.as_split([{"text": "x", "label": ""}], "it", True)
+    split = {"text": [("a",), ("é",)], "row": [3, 7], "where": "dev.csv"}
+    with pytest.raises(ValueError, match=r"row 7 of dev\.csv: character"):
+        script.encode(split, char_tokenizer("ab", "|"), 9)
+
+
 def test_labels():
     for value, name in ((1, "1"), (1.0, "1"), ("1.0", "1"), (" good ", "good"), (0, "0"),
                         (-1, "-1"), ("007", "7"), ("infer", "infer"), (True, "True")):
@@ -334,6 +401,9 @@ def test_from_the_hub(base, tmp_path, monkeypatch):
     assert not set(splits["dev"]["id"]) & set(splits["train"]["id"])
     configure(vars(script), ["--dataset=some/set:part", "--seed=2"])
     assert script.read_splits()["dev"]["id"] != splits["dev"]["id"]
+    hub(monkeypatch, {"train": train, "test": [{"text": "y", "label": "1"}, {"text": "y"}]})
+    configure(vars(script), ["--score_test=False"])
+    assert script.read_splits()["test"]["label"] is None
 
 
 @pytest.mark.parametrize(("config", "folder", "counts"), [
@@ -367,7 +437,7 @@ def test_long_and_empty_texts_and_prompts(base):
 
     def texts(rows, T, **options):
         vars(script).update(DEFAULTS | options)
-        found, note = script.encode(rows, tok, T)
+        found, note = script.encode({"text": rows, "row": range(99), "where": "it"}, tok, T)
         return [bytes(row.tolist()) for row in found], note
 
     rows = [("abcdef",), ("",), ("xy",)]

@@ -53,6 +53,11 @@ def main(*words):
     if what == "library":
         import json
         json.loads("{")
+    if what == "memory":
+        raise type("OutOfMemoryError", (RuntimeError,), {})(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+    if what == "runtime":
+        raise RuntimeError("a bug")
     if what == "import":
         import no_such_module
     if what == "interrupt":
@@ -79,6 +84,7 @@ def folder(tmp_path_factory):
     for place in ("config", "elsewhere"):
         (folder / place).mkdir()
     (folder / "config" / "small.py").write_text("steps = 7\nbatch = 5 * steps\nrate = 1\n")
+    (folder / "config" / "list.py").write_text("sizes = [7]\n")
     before, here = os.getcwd(), configurator.HERE
     os.chdir(folder / "elsewhere")
     configurator.HERE = str(folder)
@@ -110,7 +116,7 @@ def fresh(folder, code):
 
 def script(folder, *argv, **env):
     return subprocess.run([sys.executable, str(folder / "script.py"), *argv], capture_output=True,
-                          text=True, check=False, env={**os.environ, **env}, timeout=60)
+                          text=True, errors="replace", check=False, env={**os.environ, **env}, timeout=60)
 
 
 def test_which_globals_are_settings(folder, code):
@@ -153,6 +159,8 @@ def test_which_globals_are_settings(folder, code):
     (["--input=12"], "input", ["12"]),
     (["--input=[1, 'b']"], "input", [1, "b"]),
     (["--input=a.txt", "--input="], "input", []),
+    (["--input=", "--input=a.txt"], "input", ["a.txt"]),
+    (["config/list.py", "--sizes=3"], "sizes", [3]),
     (["--sizes", "3", "4"], "sizes", [3, 4]),
     (["--sizes=[3]"], "sizes", [3]),
     (["--rates", "1", "2e-1"], "rates", [1.0, 0.2]),
@@ -192,10 +200,12 @@ def test_values(conf, argv, name, value):
     (["--start", "--flag"], "--start needs a value"),
     (["--input"], "--input needs a value"),
     (["--input", "--flag"], "--input needs a value"),
+    (["--input", "a.txt", "--flag", "--input=b.txt"], "--input is given twice"),
+    (["--sizes=3", "config/small.py", "--sizes=4"], "--sizes is given twice"),
     (["word"], "unexpected word 'word'"),
     (["-x"], "unexpected word '-x'"),
     (["--flag", "False"], "unexpected word 'False'"),
-    (["config/none.py"], "no config file 'config/none.py'; there are: config/small.py"),
+    (["config/none.py"], "no config file 'config/none.py'; there are: config/list.py, config/small.py"),
     (["\0.py"], "no config file"),
 ])
 def test_mistakes_on_the_command_line(folder, code, argv, expected):
@@ -260,8 +270,9 @@ def test_words(conf):
     two = {"commands": ("train", "show")}
     assert conf("--flag", "config/small.py", "show", **two)[1] == ["show"]
     assert conf("show", "a", "--flag", "b.py", **two, positionals=True)[1] == ["show", "a", "b.py"]
-    space, words = conf("show", "config/small.py", "-x", **two, positionals=True)
-    assert words == ["show", "-x"] and space["steps"] == 7
+    assert conf("show", "config/small.py", **two)[0]["steps"] == 7
+    space, words = conf("show", "config/small.py", "-x", **two, positionals=True)  # a file to show
+    assert words == ["show", "config/small.py", "-x"] and space["steps"] == 10
     assert conf("a", "b", positionals=True)[1] == ["a", "b"]
     for argv, message in [(["shoe"], "'shoe'; the first word is one of train, show"),
                           ([], "a word is missing; the first word is one of train, show"),
@@ -307,12 +318,16 @@ def test_run(folder):
     assert done.stderr == "[rank 1] error: --steps: got 'x', expected int\n"
     done = script(folder, "ours", RANK="0", WORLD_SIZE="1")
     assert (done.returncode, done.stderr) == (2, "error: two lines\n")
+    done = script(folder, "“naïve” 😀", PYTHONIOENCODING="cp1252:strict", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("\\U0001f600\n")
 
 
 @pytest.mark.parametrize("word, status, start", [
     ("open", 2, "error: [Errno 2] No such file or directory: 'missing.txt'\n"),
     ("import", 2, "error: No module named 'no_such_module'\n"),
     ("library", 1, "Traceback"),  # a ValueError too, but json's
+    ("runtime", 1, "Traceback"),
+    ("memory", 2, "error: the GPU has no room for this (Tried to allocate 2.50 GiB); ask for less at once\n"),
     ("interrupt", 130, "interrupted\n"),
 ])
 def test_run_errors(folder, word, status, start):

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,13 +13,15 @@ import convert
 import train
 from common import command_line, load_model
 from configurator import configure, find_settings
-from data import write_data
+from data import Data, write_data
+from lora import add_lora, merge, save_adapter, unmerge
 from model import GPT, GPTConfig, load_torch
 from test_model import ids, tiny, tiny_hf
 from tokenizer import char_tokenizer, open_tokenizer
 
 transformers = pytest.importorskip("transformers")
-DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(convert)).items()}
+DEFAULTS, TRAIN_DEFAULTS = ({name: default for name, (default, _, _) in find_settings(
+    vars(module)).items()} for module in (convert, train))
 
 
 def run_convert(*argv):
@@ -30,8 +33,7 @@ def run_convert(*argv):
 def test_export_of_a_run_loads_in_transformers(tmp_path):
     text = "the cat sat on the mat\n" * 50
     write_data(f"{tmp_path}/c", char_tokenizer(set(text)), {"train": [text], "val": [text]})
-    settings = {name: default for name, (default, _, _) in find_settings(vars(train)).items()}
-    vars(train).update(settings)
+    vars(train).update(TRAIN_DEFAULTS)
     configure(vars(train), [
         f"--dataset={tmp_path}/c", f"--out_dir={tmp_path}/run", "--n_layer=2", "--n_head=2",
         "--n_embd=16", "--block_size=16", "--batch_size=2", "--max_steps=2", "--bias=False",
@@ -120,23 +122,33 @@ def test_nanogpt_checkpoint(tmp_path, bias):
 
 
 def test_nanogpt_characters(tmp_path):
-    alphabet = sorted("abc \n!")
+    """A folder of nanoGPT's characters has the alphabet of its meta.pkl, of which nothing is run."""
+    alphabet, folder = sorted("abc \n!"), tmp_path / "chars"
     meta = {"vocab_size": 6, "itos": dict(enumerate(alphabet)),
             "stoi": {c: i for i, c in enumerate(alphabet)}}
-    with open(tmp_path / "meta.pkl", "wb") as f:
-        pickle.dump(meta, f)
-    tok = convert.nanogpt_characters(tmp_path / "meta.pkl")
-    assert tok.encode("cab!").tolist() == [meta["stoi"][c] for c in "cab!"]
+    folder.mkdir()
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    for split in ("train", "val"):
+        np.array([meta["stoi"][c] for c in "cab!" * 9], "<u2").tofile(folder / f"{split}.bin")
+    data = Data(str(folder))
+    assert (data.vocab_size, data.eos_id) == (6, None)
+    assert data.tokenizer().decode(data.val.read(0, 5)) == "cab!c"
+    assert data.tokenizer().encode("cab!").tolist() == [meta["stoi"][c] for c in "cab!"]
 
     class Bomb:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "exploded"),)
 
-    with open(tmp_path / "meta.pkl", "wb") as f:
-        pickle.dump({"itos": Bomb()}, f)
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": Bomb()}))
     with pytest.raises(ValueError, match="refused"):
-        convert.nanogpt_characters(tmp_path / "meta.pkl")
+        Data(str(folder))
     assert not (tmp_path / "exploded").exists()
+    for raw in (pickle.dumps({"itos": {0: "a", 1: 3}}), pickle.dumps({"itos": {0: "a", 1: "bc"}}), b"",
+                pickle.dumps({"itos": {0: "b", 1: "a"}}), b"I12a\n.", b"X\x01\0\0\0\xff.", b"\xff\xfe"):
+        (folder / "meta.pkl").write_bytes(raw)
+        with pytest.raises(ValueError, match=r"meta\.pkl is no meta\.pkl of nanoGPT's") as e:
+            Data(str(folder))
+        assert type(e.value) is ValueError
 
 
 def test_what_cannot_be_converted(tmp_path):
@@ -177,11 +189,10 @@ def test_fresh_network_with_pretrained_token_embeddings(tmp_path):
     tok = char_tokenizer(set(text))
     write_data(f"{tmp_path}/c", tok, {"train": [text], "val": [text]})
     tiny(vocab_size=tok.vocab_size).float().save_pretrained(tmp_path / "m")
-    settings = {name: default for name, (default, _, _) in find_settings(vars(train)).items()}
     argv = [f"--dataset={tmp_path}/c", f"--out_dir={tmp_path}/run", "--n_layer=1", "--n_head=2",
             "--n_embd=32", "--block_size=16", "--batch_size=2", "--max_steps=1", "--device=cpu",
             f"--wte_from={tmp_path}/m", "--learning_rate=0", "--sample_tokens=0"]
-    vars(train).update(settings)
+    vars(train).update(TRAIN_DEFAULTS)
     configure(vars(train), argv)
     train.main()
     state = load_torch(tmp_path / "run" / "ckpt.pt")["model"]
@@ -191,6 +202,23 @@ def test_fresh_network_with_pretrained_token_embeddings(tmp_path):
     with pytest.raises(ValueError, match=r"\(11, 32\).*\(11, 16\)"):
         configure(vars(train), [*argv, "--n_embd=16"])
         train.main()
+
+
+def test_adapters_merged_on_loading_stay_merged(tmp_path):
+    model = tiny(vocab_size=256)
+    model.save_pretrained(tmp_path / "base")
+    open_tokenizer("bytes").save(tmp_path / "base")
+    add_lora(model, 2, 4.0)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    loaded, _ = load_model(tmp_path / "adapter")
+    want = loaded(ids())[0]
+    assert (want - model.eval()(ids())[0]).abs().max() < 1e-9
+    merge(loaded)  # as fine-tunings do to save
+    unmerge(loaded)
+    assert torch.equal(loaded(ids())[0], want)
 
 
 def test_command_line(monkeypatch):

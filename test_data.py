@@ -233,6 +233,11 @@ def test_documents_of_every_format(tmp_path):
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(STORIES), encoding="utf-8")
     assert list(read_documents(tmp_path / "a.txt", "<|endoftext|>")) == STORIES
     assert list(read_documents(tmp_path / "a.txt")) == ["<|endoftext|>".join(STORIES)]
+    for name in ("a.txt", "a.jsonl"):  # with Windows' byte-order mark
+        (tmp_path / name).write_text((tmp_path / name).read_text("utf-8"), encoding="utf-8-sig")
+    assert list(read_documents(tmp_path / "a.jsonl")) == STORIES
+    assert list(read_documents(tmp_path / "a.txt", "<|endoftext|>")) == STORIES
+    (tmp_path / "a.jfolder").mkdir()
     assert [f.name for f in find_files([f"{tmp_path}/a.j*"])] == ["a.jsonl", "a.jsonl.gz",
                                                                "a.jsonl.xz"]
 
@@ -248,8 +253,11 @@ def test_documents_that_cannot_be_read(tmp_path, name, content, word):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=word):
         list(read_documents(tmp_path / name))
-    with pytest.raises(ValueError, match="no file matches"):
-        find_files([f"{tmp_path}/*.nothing"])
+    (tmp_path / "notes").mkdir()
+    for pattern, told in (("*.nothing", "no file matches"), ("note*", "no file matches"),
+                          ("notes", r"notes is a folder: give \S+/notes/\*"), ("notes/", "is a folder")):
+        with pytest.raises(ValueError, match=told):
+            find_files([f"{tmp_path}/{name}", f"{tmp_path}/{pattern}"])
 
 
 # ---- the order ----

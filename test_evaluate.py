@@ -156,6 +156,12 @@ def test_script(tmp_path, monkeypatch, capsys):
         run("--num_prompts=7")
     with pytest.raises(ValueError, match="batch_size"):
         run("--batch_size=0")
+    monkeypatch.setattr(evaluate, "decode_all", None)  # before anything is decoded
+    for way, word in (("top_p=1.5", "top_p must"), ("num_beams=0", "1 … 256"),
+                      ("top_k=0", "top_k must"), ("temperature=-1", "temperature must"),
+                      ("num_beams=2,length_penalty=nan", "length_penalty a number")):
+        with pytest.raises(ValueError, match=f"decoding '{way}': .*{word}"):
+            run("--decoding", "greedy", way)
     monkeypatch.setattr(model_module, "HERE", tmp_path)
     with pytest.raises(ValueError, match="make run.*git checkout"):
         run("--init_from=None")

@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import finetune_instruct as script
+import sample as sampler
 from common import load_model, save_best
 from configurator import configure, find_settings
+from convert import load_nanogpt
 from lora import (
     LoRALinear,
     add_lora,
@@ -230,8 +234,13 @@ def test_every_format_gives_the_same_records(tmp_path, monkeypatch):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "e.parquet")
     for file in sorted(tmp_path.iterdir()):
         assert script.read_records(str(file)) == want, file
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: rows)
-    assert script.read_records("some/set") == want
+    said, none = [], {"instruction": "a", "input": "", "output": ""}  # tatsu-lab/alpaca has some
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [*rows[:2], none, *rows[2:]])
+    assert script.read_records("some/set", said.append) == want
+    assert said[0].startswith("1 of 6 records left out; record 3 of some/set: output is ''")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [none])
+    with pytest.raises(ValueError, match="record 1 of some/set: output is ''"):
+        script.read_records("some/set")
     without = [{"instruction": "a", "output": "b"},
                {"instruction": "a", "input": None, "output": "b"}]
     file = write_records(tmp_path / "f.json", without)
@@ -277,8 +286,11 @@ def test_templates(tmp_path, monkeypatch):
         monkeypatch.setattr(script, "template", str(tmp_path / "t"))
         with pytest.raises(ValueError, match=word):
             script.read_template()
-    (tmp_path / "t").write_text("{instruction}|{input}|{output}\n")
+    (tmp_path / "t").write_text("{instruction}|{input}|{output}\n", "utf-8-sig")
     assert script.read_template() == "{instruction}|{input}|{output}"
+    (tmp_path / "t").write_bytes("é{instruction}|{input}|{output}".encode("latin-1"))
+    with pytest.raises(ValueError, match="t is not UTF-8 text: .* at byte 0"):
+        script.read_template()
 
 
 def test_long_prompts_lose_the_end_of_their_input():
@@ -510,6 +522,43 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
             run_script(base, tmp_path / "cut", *options, "--init_from=resume", change)
 
 
+def test_a_run_is_not_resumed_on_other_records(base, tmp_path):
+    data = write_records(tmp_path / "data.json", json.loads((base / "data.json").read_text())[:40])
+    run_script(base, tmp_path / "run", "--epochs=1", f"--data={data}")
+    write_records(data, json.loads(data.read_text())[1:])
+    with pytest.raises(ValueError, match=r"trained on other records than \S+data.json has now"):
+        run_script(base, tmp_path / "run", f"--data={data}", "--init_from=resume", "--epochs=2")
+
+
+def test_a_checkpoint_of_ours_is_converted_by_its_folder(tmp_path):
+    torch.save({"model": {}, "config": {}, "settings": {}, "step": 1}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=f"give its folder, --input={tmp_path}$"):
+        load_nanogpt(tmp_path / "ckpt.pt")
+
+
+def test_what_is_given_is_answered_before_more_is_asked_for(base, tmp_path, monkeypatch):
+    form, said = "{instruction}\n\n{input}\n\n>{output}", []
+    defaults = {name: default for name, (default, _, _) in find_settings(vars(sampler)).items()}
+    shutil.copytree(base / "best", tmp_path / "m")
+    (tmp_path / "m" / "template.txt").write_text(form)
+    monkeypatch.setattr(sampler, "write", lambda model, tok, *args: said.append(args))
+    for argv, first in (("--instruct=say", [("say", 0, form)]), ("--start=ab", [("ab", 0)]),
+                        ("--instruct_input=f3n", [])):
+        typed, said[:] = iter(["go"]), []
+
+        def read(prompt, typed=typed):
+            for line in typed:
+                return line
+            raise EOFError
+
+        monkeypatch.setattr("builtins.input", read)
+        vars(sampler).update(defaults)
+        configure(vars(sampler), [f"--init_from={tmp_path / 'm'}", "--device=cpu", argv,
+                                  "--interactive"])
+        sampler.main()
+        assert said == [*first, ("go", len(first), form)]
+
+
 def test_two_ranks_equal_one(base, tmp_path):
     run_script(base, tmp_path / "one", "--epochs=1")
     done = subprocess.run(
@@ -530,7 +579,9 @@ def test_two_ranks_equal_one(base, tmp_path):
 
 
 @pytest.mark.parametrize(("argv", "word"), [
-    (["--mode=adapters"], "full, last_layer"), (["--epochs=0"], "epochs must"),
+    (["--mode=adapters"], "mode must be full or lora"),
+    (["--mode=last_layer"], "mode must be full or lora or last_blocks, got 'last_layer'"),
+    (["--epochs=0"], "epochs must"),
     (["--batch_size=0"], "batch_size must"), (["--init_from=resume"], "to resume from"),
     (["--lora_targets=c_at"], r"attn\.c_attn"),
     (["--train_blocks=9", "--mode=last_blocks"], "1 … 2"),
@@ -540,6 +591,11 @@ def test_mistakes_are_one_line(base, tmp_path, argv, word):
     with pytest.raises(ValueError, match=word) as e:
         run_script(base, tmp_path, *argv)
     assert "\n" not in str(e.value)
+
+
+def test_a_folder_in_use_is_refused(base, tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is using"):
+        run_script(base, tmp_path)
 
 
 def test_the_real_records():

@@ -194,6 +194,25 @@ def test_loss_of_a_large_vocabulary_takes_the_chunked_way(monkeypatch):
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs))
 
 
+def test_bfloat16_on_a_cpu(monkeypatch):
+    """Autocast's gradients are near float32's; attention is in float32, the chunked loss is not."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=50257, n_layer=2, n_head=2, n_embd=32))
+    x, found, kinds = torch.randint(50257, (6, 65)), [], []
+    attention, mm = F.scaled_dot_product_attention, torch.mm
+    for kind in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", kind, enabled=kind == torch.bfloat16), monkeypatch.context() as m:
+            m.setattr(F, "scaled_dot_product_attention",
+                      lambda q, *a, **k: kinds.append(q.dtype) or attention(q, *a, **k))
+            m.setattr(torch, "mm", lambda a, *b, **k: kinds.append(a.dtype) or mm(a, *b, **k))
+            loss = model(x[:, :-1], x[:, 1:])[1]
+        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
+    assert kinds == [torch.float32] * 8 + [torch.bfloat16] * 4  # 2 layers, 2 chunks of 2 products
+    assert abs(found[0][0] - found[1][0]) < 1e-3
+    for a, b in zip(found[0][1:], found[1][1:]):
+        assert a.dtype == b.dtype and F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
 # ---- the cache and sampling ----
 
 @pytest.mark.parametrize("chunks", [[1] * 20, [7, 1, 5, 7], [20]])
@@ -361,6 +380,15 @@ def test_block_size_is_cropped_and_dropout_overridden(tmp_path):
     assert (small(x)[0] - model(x)[0]).abs().max() < 1e-12
     with pytest.raises(ValueError, match="40 positions"):
         GPT.from_pretrained(tmp_path, block_size=41)
+
+
+@pytest.mark.parametrize(("name", "word"), [
+    ("out/pretrain_imdb", r"no such run: .*config/pretrain_imdb\.py says how"),
+    ("out/mine/best", "no such run: .*train it first")])
+def test_a_missing_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name, word):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=word):
+        GPT.from_pretrained(name)
 
 
 def test_loaded_weights_can_be_written_and_the_file_stays(tmp_path):

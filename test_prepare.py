@@ -62,6 +62,19 @@ def test_documents_are_held_out_evenly_and_closed(tmp_path, tokenizer):
     assert val == STORIES[::5] and sorted(train + val) == sorted(STORIES)
 
 
+@pytest.mark.parametrize(("sizes", "want"), [
+    ([9000, 500], [900, 50]), ([50] * 9, [5] * 9), ([100] + [50] * 9, [100])])
+def test_of_few_documents_the_end_of_each_is_held_out(tmp_path, sizes, want):
+    texts = ["".join(chr(33 + (i * 7 + j) % 90) for j in range(n)) for i, n in enumerate(sizes)]
+    path = jsonl(tmp_path / "a.jsonl", texts)
+    run_script(prepare_text, f"--input={path}", f"--name={tmp_path}/set", "--tokenizer=bytes")
+    opened = Data(f"{tmp_path}/set")
+    train, val = (text_of(split, opened.tokenizer()).split("<|endoftext|>")[:-1]
+                  for split in (opened.train, opened.val))
+    assert [len(text) for text in val] == want
+    assert sorted(texts) == sorted(map(str.__add__, train, val) if len(train) == len(val) else train + val)
+
+
 def test_characters_with_a_separator(tmp_path):
     (tmp_path / "a.txt").write_text("ab|ba|abba|b|a|bb")
     run_script(prepare_text, f"--input={tmp_path}/a.txt", f"--name={tmp_path}/set",
@@ -127,9 +140,13 @@ def test_mistakes(tmp_path):
             (prepare_text, ["--val_fraction=1.0"], "val_fraction"),
             (prepare_text, ["--input=nothing.txt"], "nothing.txt"),
             (prepare_text, [f"--input={tmp_path}/a.txt", "--tokenizer=none.json"], "none.json"),
+            (prepare_text, [f"--input={tmp_path}"], "is a folder: give"),
+            (prepare_tinystories, [f"--train_input={tmp_path}", f"--val_input={tmp_path}"], "is a folder"),
             (prepare_tinystories, ["--train_input=a.txt"], "--val_input")):
         with pytest.raises(ValueError, match=word):
             run_script(module, *argv, f"--name={tmp_path}/set")
-    done = subprocess.run([sys.executable, HERE / "prepare_text.py", "--input", "no/*.txt"],
+    with pytest.raises(ValueError, match="--input needs a --name of its own"):
+        run_script(prepare_text, f"--input={tmp_path}/a.txt")
+    done = subprocess.run([sys.executable, HERE / "prepare_text.py", "--name=x", "--input", "no/*.txt"],
                           capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr == "error: no file matches 'no/*.txt'\n"

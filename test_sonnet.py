@@ -12,6 +12,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from filelock import FileLock
 
 import sonnet as script
 from common import Metrics, load_model
@@ -241,6 +242,9 @@ def test_rhymes():
     # day/may is the prompt's; of the 6 others moon/star is no rhyme, nor a word with itself
     assert script.rhyme_hits(poem, prompt) == 4 / 6
     assert script.rhyme_hits(prompt, prompt) == 0
+    assert script.rhyme_hits(poem, poem) is None  # nothing is left to rhyme; others still count
+    poems = {1: poem, 2: poem}
+    assert script.measure(poems, {1: poem, 2: prompt}, poems, set())["rhymes"] == 4 / 6
 
 
 # ---- the whole ----
@@ -347,7 +351,7 @@ BEGIN = {number: "\n".join(invented(number).split("\n")[:3]) for number in (5, 1
     ({}, ["--init_from=scratch", "--tokenizer=CHAR"], "no end-of-text"),
     ({}, ["--init_from=scratch", "--tokenizer=FEW"], "poem 1: character"),
     ({}, ["--candidates=0"], "candidates must be at least 1, got 0"),
-    ({}, ["--mode=last_layers"], "mode='last_layers' is unknown"),
+    ({}, ["--mode=last_layer"], "mode must be full or lora or last_blocks, got 'last_layer'"),
 ])
 def test_bad_input_is_one_line(tmp_path, changed, argv, said):
     folder = course(tmp_path / "data", **changed)
@@ -359,6 +363,12 @@ def test_bad_input_is_one_line(tmp_path, changed, argv, said):
         run(folder, tmp_path / "out", *argv)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()  # before anything is trained or written
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    folder = course(tmp_path / "data")
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is using"):
+        run(folder, tmp_path)
 
 
 def test_overlap_can_be_allowed(tmp_path):

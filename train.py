@@ -34,6 +34,7 @@ from common import (
     lr_scale,
     micro_batch_seed,
     micro_batches,
+    model_tokenizer,
     newest_checkpoint,
     read_settings,
     restore,
@@ -98,7 +99,8 @@ compile: bool | None = None  # torch.compile; None: on GPUs
 
 LEAST = {"max_steps": 1, "log_interval": 1, "eval_interval": 1, "block_size": 1, "batch_size": 1,
          "seed": 0, "max_skipped": 1, "keep_checkpoints": 1, "warmup_steps": 0, "sample_tokens": 0,
-         "learning_rate": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "momentum": 0, "grad_clip": 0}
+         "learning_rate": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "momentum": 0, "grad_clip": 0,
+         "adamw_learning_rate": 0, "min_lr_scale": 0, "decay_fraction": 0, "eval_tokens": 1}
 FIXED = ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "activation",
          "tie_word_embeddings", "optimizer")  # a run that is resumed goes on with these
 
@@ -111,8 +113,10 @@ def evaluate(model, split, env) -> dict:
     if tokens < 1:
         raise ValueError(f"the validation split has {split.tokens} token, it needs 2 to be evaluated")
     if eval_tokens is not None:
-        tokens = min(tokens, max(eval_tokens, 1))
-    rows = max(batch_size, min(4096, 2**26 // model.config.vocab_size) // T)  # a batch that fits
+        tokens = min(tokens, eval_tokens)
+    rows = max(1, min(4096, 2**26 // model.config.vocab_size) // T)  # by the size of the logits
+    if env.type != "cpu":  # which is no faster with more
+        rows = max(rows, batch_size)
     full = tokens // T
     batches = [(range(i * T, min(i + rows, full) * T, T), T) for i in range(0, full, rows)]
     if tokens % T:
@@ -147,6 +151,8 @@ def compiled(model, x, y, env):
         with env.autocast():
             fast(x, y)[1].backward()
         return fast
+    except torch.OutOfMemoryError:  # nor would it fit eagerly
+        raise
     except Exception as e:  # noqa: BLE001 (whatever the platform lacks)
         if env.rank == 0:
             print(f"warning: torch.compile failed here ({type(e).__name__}: "
@@ -163,7 +169,17 @@ def token_embeddings(name: str, data, width: int) -> torch.Tensor:
     if tuple(shape) != (data.vocab_size, width):
         raise ValueError(f"wte_from={name}: its token embeddings are {tuple(shape)}, data set "
                          f"{dataset} and n_embd={width} need {(data.vocab_size, width)}")
+    same_tokenizer(f"wte_from={name}", name, data.tokenizer())
     return read()
+
+
+def same_tokenizer(where: str, name: str, tokenizer):
+    """ValueError where the ids of a model that brings a tokenizer are not those of the data's."""
+    own = model_tokenizer(name, revision)
+    if own and (own.name, own.ids, own.merges) != (tokenizer.name, tokenizer.ids, tokenizer.merges):
+        raise ValueError(f"{where}: its tokenizer ({own.name}, {own.vocab_size} ids) is another than that "
+                         f"of data set {dataset} ({tokenizer.name}, {tokenizer.vocab_size}); prepare the "
+                         f"data with the model's, --tokenizer={name}")
 
 
 def duration(seconds: float) -> str:
@@ -191,6 +207,11 @@ def train(stack):
     if not max(beta1, beta2, momentum) < 1:
         raise ValueError("beta1, beta2 and momentum must be below 1, got "
                          f"{beta1}, {beta2} and {momentum}")
+    if not max(min_lr_scale, decay_fraction) <= 1:
+        raise ValueError("min_lr_scale and decay_fraction must be at most 1, got "
+                         f"{min_lr_scale} and {decay_fraction}")
+    if quantize and not eval_only:
+        raise ValueError("quantize is for evaluating only: give --eval_only too, or leave it out")
     data = Data(dataset, verify)
     tokenizer = data.tokenizer()
     tokenizer_json = tokenizer.to_json()
@@ -243,6 +264,8 @@ def train(stack):
         raise ValueError(f"the model has a vocabulary of {config.vocab_size}, data set {dataset} "
                          f"({tokenizer.name}) one of {data.vocab_size}; prepare it with the model's, "
                          f"--tokenizer={init_from}")
+    if checkpoint is None and init_from not in ("scratch", "auto"):
+        same_tokenizer(f"init_from={init_from}", init_from, tokenizer)
     raw_model.to(env.device)
     if eval_only:
         if quantize:
@@ -251,7 +274,7 @@ def train(stack):
         found = evaluate(raw_model, data.val, env)
         name = init_from + (f" in {quantize}" if quantize else "")
         bpb = f", {found['val_bpb']:.4f} bits a byte" if "val_bpb" in found else ""
-        count = min(data.val.tokens, eval_tokens or data.val.tokens)
+        count = min(data.val.tokens - 1, eval_tokens or math.inf)  # the first is not predicted
         say(f"{name} on {dataset}, {count:,} tokens: loss {found['val_loss']:.4f}, "
             f"perplexity {found['val_ppl']:.2f}{bpb}")
         return env.close()
@@ -401,14 +424,8 @@ def train(stack):
                     loss = model(x, y)[1] / accumulation
                 env.scaler.scale(loss).backward()
             loss_sum += loss.detach()
-        env.scaler.unscale_(update)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        norm = env.update(update, raw_model.parameters(), grad_clip)
         norms.append(norm)
-        if not env.scaler.is_enabled():  # as it does: the optimizer then changes nothing
-            update.grad_scale, update.found_inf = None, 1 - norm.isfinite().float()
-        env.scaler.step(update)
-        env.scaler.update()
-        update.zero_grad(set_to_none=True)
         step, tokens, windows = step + 1, tokens + per_update, windows + per_update // block_size
 
         last = step == max_steps
