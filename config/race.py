@@ -18,8 +18,9 @@ block_size = 64
 bias = False
 activation = "gelu"
 batch_size = 12
+dtype = "bfloat16"  # for chips with units for it; elsewhere float32 is as good, and faster
 
-max_steps = 370
+max_steps = 385
 optimizer = "muon"
 learning_rate = 0.03
 adamw_learning_rate = 0.03
@@ -32,6 +33,6 @@ decay_fraction = 0.5
 warmup_steps = 0
 min_lr_scale = 0.0
 
-eval_interval = 370
+eval_interval = 385
 log_interval = 20
 sample_tokens = 200
