@@ -177,6 +177,16 @@ def normalize(text: str) -> str:
     return " ".join(re.sub(r"(([.,!?;:()*/-])\2*)", r" \1 ", text).split())
 
 
+def words(text: str) -> list[str]:
+    """The words of a text, lower-cased, without punctuation but for apostrophes inside."""
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
+
+
+def ngrams(tokens: list, n: int) -> list[tuple]:
+    """All runs of n tokens."""
+    return list(zip(*(tokens[i:] for i in range(n))))
+
+
 def _text_field(line, column, where):
     try:
         row = json.loads(line)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common import Device, command_line, load_model, newest_run
 from configurator import run
-from data import Data, replacing, write_text
+from data import Data, ngrams, replacing, words, write_text
 from decode import beam_search, prepare
 from model import check_sampling
 
@@ -57,14 +57,6 @@ KEYS = {"temperature": float, "top_k": int, "top_p": float, "num_beams": int,
 
 
 # ---- measures ----
-
-def words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
-
-
-def ngrams(tokens: list, n: int) -> list[tuple]:
-    return list(zip(*(tokens[i:] for i in range(n))))
-
 
 def distinct(texts: list[list[str]], n: int) -> float:
     """Distinct n-grams over all n-grams of lists of words; nan where there is none."""

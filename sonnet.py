@@ -36,7 +36,7 @@ from common import (
     set_aside,
 )
 from configurator import run
-from data import write_text
+from data import ngrams, words, write_text
 from decode import beam_search, prepare
 from lora import merge, set_trainable, unmerge
 from model import GPT, GPTConfig, check_sampling
@@ -226,14 +226,6 @@ def finish(model: GPT, tok, prompts: dict[int, str], decoding: dict) -> tuple[di
 
 # ---- measures ----
 
-def words(text: str) -> list[str]:
-    return [word.strip("'") for word in re.findall(r"[a-z']*[a-z][a-z']*", text.lower())]
-
-
-def ngrams(text: str, n: int) -> list[tuple]:
-    return list(zip(*(words(text)[i:] for i in range(n))))
-
-
 def rest(poem: str, prompt: str) -> str:
     """The lines of a poem behind those of its prompt."""
     return "\n".join(poem.split("\n")[prompt.count("\n") + 1:])
@@ -260,7 +252,7 @@ def measure(poems, prompts, gold, known: set) -> dict:
     new = {number: rest(poem, prompts[number]) for number, poem in poems.items()}
     true = [rest(gold[number], prompts[number]) for number in poems]
     corpus_score = CHRF().corpus_score  # Popović 2015, 0 to 100
-    five, one, two = ([gram for text in new.values() for gram in ngrams(text, n)] for n in (5, 1, 2))
+    five, one, two = ([gram for text in new.values() for gram in ngrams(words(text), n)] for n in (5, 1, 2))
     rhymes = [hits for number, poem in poems.items()
               if (hits := rhyme_hits(poem, prompts[number])) is not None]
     return {
@@ -388,7 +380,7 @@ def finetune(stack):
     dev_bpb = nats / math.log(2) / sum(len(poem.encode()) for poem in gold.values())
 
     model = prepare(GPT.from_pretrained(out / "best").to(where))
-    known = {gram for poem in poems.values() for gram in ngrams(poem, 5)}
+    known = {gram for poem in poems.values() for gram in ngrams(words(poem), 5)}
     judge, tried = partial(measure, prompts=prompts, gold=gold, known=known), []
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     asked = {"num_beams": num_beams} if num_beams > 1 else {

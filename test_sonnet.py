@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 import torch
@@ -225,7 +224,7 @@ def test_the_likeliest_candidate_is_taken():
 def test_measures_by_hand():
     prompts = {1: "a b\nc d\ne f", 2: "u v\nw x\ny z"}
     poems = {1: prompts[1] + "\nOne two three four five, six;\n  one two", 2: prompts[2] + "\nTwo"}
-    known = set(script.ngrams("And one, two three\n four FIVE", 5))
+    known = set(script.ngrams(script.words("And one, two three\n four FIVE"), 5))
     found = script.measure(poems, prompts, poems, known)
     assert found["chrf"] == found["chrf_continuation"] == pytest.approx(100)
     assert found["lines"] == 4.5 and found["copied_5grams"] == 1 / 4  # of 4 5-grams, one
@@ -408,7 +407,6 @@ def test_interrupted_it_leaves_the_best_model_whole(tmp_path):
     assert load_model(out)[0].config.n_embd == 16 and not list(out.glob("best/*.tmp"))
 
 
-def test_words_and_means():
-    assert script.words("Feed'st thy 'self-substantial' fuel; -- ' 12") == [
+def test_words_of_a_verse():
+    assert script.words("Feed'st thy 'self-substantial' fuel; -- '") == [
         "feed'st", "thy", "self", "substantial", "fuel"]
-    assert fmean(map(len, script.ngrams("a b c d", 2))) == 2
