@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import replacing, write_text
-from model import open_safetensors, read_json
+from model import Linear, open_safetensors, read_json
 
 TARGETS = ("c_attn", "c_proj", "c_fc")  # all linear layers of the blocks
 
 
-class LoRALinear(nn.Linear):
-    """An nn.Linear with an adapter; `weight` and `bias` are the base's own, under its names."""
+class LoRALinear(Linear):
+    """A Linear with an adapter; `weight` and `bias` are the base's own, under its names."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, linear: Linear, rank: int, alpha: float, dropout: float):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
@@ -43,7 +43,7 @@ def add_lora(model, rank: int, alpha: float, dropout: float = 0.0, targets=TARGE
     if type(rank) is not int or rank < 1 or not 0 <= dropout < 1:
         raise ValueError(f"rank must be 1 or more, dropout in [0, 1); got {rank!r}, {dropout!r}")
     linears = {f".{name}": module for name, module in model.named_modules()
-               if type(module) is nn.Linear and name != "lm_head"}
+               if type(module) is Linear and name != "lm_head"}
     for target in targets or [""]:
         if not any(name.endswith(f".{target}") for name in linears):
             there = ", ".join(sorted({name.split(".", 4)[-1] for name in linears})) or "none"
@@ -60,7 +60,7 @@ def merge(model):
     """Adds the adapters into the weights, in place: until `unmerge` the model is a plain GPT, which
     can be saved, decoded and quantized as any other."""
     def plain(layer):
-        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        linear = Linear(layer.in_features, layer.out_features, device="meta")
         delta = layer.lora_B @ layer.lora_A * (layer.alpha / layer.rank)
         linear.weight, linear.bias = nn.Parameter(layer.weight + delta, False), layer.bias
         linear.unmerged = [layer]  # in a list: no part of the model meanwhile

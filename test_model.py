@@ -5,13 +5,24 @@ import math
 import os
 import pickle
 import shutil
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model import GPT, PRESETS, GPTConfig, KVCache, LinearCrossEntropy, draw
+import model as model_module
+from model import (
+    GPT,
+    ONEDNN,
+    PRESETS,
+    GPTConfig,
+    KVCache,
+    LinearCrossEntropy,
+    draw,
+    linear,
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -185,6 +196,7 @@ def test_loss_of_a_large_vocabulary_takes_the_chunked_way(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)).double()
     x = torch.randint(50257, (6, 65))
+    x[:, 20:30] = x[0, 5]  # one id many times
     y, plain, calls = x[:, 1:].flatten(), F.cross_entropy, []
     monkeypatch.setattr(F, "cross_entropy", lambda *a: calls.append(a) or plain(*a))
     losses = model(x[:, :-1], x[:, 1:])[1], plain(model(x[:, :-1])[0].flatten(0, 1), y)
@@ -194,20 +206,66 @@ def test_loss_of_a_large_vocabulary_takes_the_chunked_way(monkeypatch):
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs))
 
 
+@pytest.mark.skipif(not ONEDNN, reason="oneDNN's products are for x86 CPUs")
+@pytest.mark.parametrize("frozen, bias", [(False, True), (True, True), (False, False)])
+def test_large_products_by_onednn(frozen, bias):
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 128, 512, requires_grad=True),
+              torch.randn(1024, 512, requires_grad=not frozen),
+              *[torch.randn(1024, requires_grad=not frozen)] * bias]
+    scale, found = torch.randn(2, 128, 1024), []
+    for own in (leaves, [leaf.detach().double().requires_grad_(leaf.requires_grad)
+                         for leaf in leaves]):
+        y = linear(*own)
+        assert ("OneDNN" in y.grad_fn.name()) == (y.dtype == torch.float32)
+        y.backward(scale.to(y.dtype).transpose(0, 1).contiguous().transpose(0, 1))
+        found.append([y, *(leaf.grad for leaf in own if leaf.requires_grad)])
+    for ours, exact in zip(*found):
+        assert ours.shape == exact.shape and (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert (leaves[1].grad is None) == frozen
+
+
+def test_wide_blocks_keep_less_for_the_backward_pass(monkeypatch):
+    """LayerNorms and GELU are made again for it: the same gradients, bit for bit."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=512))
+    x, found, gelus, alive = torch.randint(65, (2, 17)), [], [], []
+    gelu = F.gelu
+
+    def watched(*args, **kwargs):
+        y = gelu(*args, **kwargs)
+        gelus.append(weakref.ref(y))
+        return y
+    monkeypatch.setattr(F, "gelu", watched)
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(model_module, "recomputed",
+                                lambda make, x, use, width, *args: use(make(x), *args))
+        loss = model(x[:, :-1], x[:, 1:])[1]
+        alive.append([y() is not None for y in gelus])
+        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
+        alive[-1].append(len(gelus))
+        gelus.clear()
+    assert alive == [[False, False, 4], [True, True, 2]]
+    assert all((a == b).all() for a, b in zip(*found))
+
+
 def test_bfloat16_on_a_cpu(monkeypatch):
     """Autocast's gradients are near float32's; attention is in float32, the chunked loss is not."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=50257, n_layer=2, n_head=2, n_embd=32))
     x, found, kinds = torch.randint(50257, (6, 65)), [], []
-    attention, mm = F.scaled_dot_product_attention, torch.mm
+    attention, linear = F.scaled_dot_product_attention, model_module.linear
     for kind in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", kind, enabled=kind == torch.bfloat16), monkeypatch.context() as m:
             m.setattr(F, "scaled_dot_product_attention",
                       lambda q, *a, **k: kinds.append(q.dtype) or attention(q, *a, **k))
-            m.setattr(torch, "mm", lambda a, *b, **k: kinds.append(a.dtype) or mm(a, *b, **k))
+            m.setattr(model_module, "linear", lambda x, *a: (
+                kinds.append(x.dtype) if x.dim() == 2 else None) or linear(x, *a))
             loss = model(x[:, :-1], x[:, 1:])[1]
         found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-    assert kinds == [torch.float32] * 8 + [torch.bfloat16] * 4  # 2 layers, 2 chunks of 2 products
+    products = 2 * 2 * 7  # logits and their gradient, chunks of 256 rows, parts of 8,192 columns
+    assert kinds == [torch.float32] * (2 + products + 2) + [torch.bfloat16] * products
     assert abs(found[0][0] - found[1][0]) < 1e-3
     for a, b in zip(found[0][1:], found[1][1:]):
         assert a.dtype == b.dtype and F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
