@@ -31,7 +31,7 @@ from common import Device, Metrics, keep_freed_memory
 from configurator import run
 from data import Split, WindowOrder, data_folder
 from decode import prepare
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, PRESETS, GPTConfig, linear
 from optim import build_optimizer
 
 peer: str | None = None  # folder of a nanoGPT checkout
@@ -272,7 +272,7 @@ def load():
 def matmul_rate(env) -> float:
     """FLOP/s of a product of two 2048 x 2048 matrices in the dtype of env."""
     a, b = (torch.randn(2048, 2048, device=env.device, dtype=env.dtype) for _ in range(2))
-    return 2 * 2048**3 / median_seconds(lambda: a @ b, 9)
+    return 2 * 2048**3 / median_seconds(lambda: linear(a, b), 9)
 
 
 def trainee(who: str, env):

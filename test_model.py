@@ -207,13 +207,15 @@ def test_loss_of_a_large_vocabulary_takes_the_chunked_way(monkeypatch):
 
 
 @pytest.mark.skipif(not ONEDNN, reason="oneDNN's products are for x86 CPUs")
+@pytest.mark.parametrize("size", [(512, 1024), (256, 2048)])
 @pytest.mark.parametrize("frozen, bias", [(False, True), (True, True), (False, False)])
-def test_large_products_by_onednn(frozen, bias):
+def test_large_products_by_onednn(size, frozen, bias):
     torch.manual_seed(0)
-    leaves = [torch.randn(2, 128, 512, requires_grad=True),
-              torch.randn(1024, 512, requires_grad=not frozen),
-              *[torch.randn(1024, requires_grad=not frozen)] * bias]
-    scale, found = torch.randn(2, 128, 1024), []
+    C, out = size
+    leaves = [torch.randn(2, 128, C, requires_grad=True),
+              torch.randn(out, C, requires_grad=not frozen),
+              *[torch.randn(out, requires_grad=not frozen)] * bias]
+    scale, found = torch.randn(2, 128, out), []
     for own in (leaves, [leaf.detach().double().requires_grad_(leaf.requires_grad)
                          for leaf in leaves]):
         y = linear(*own)
