@@ -323,7 +323,8 @@ class GPT(nn.Module):
         idx: (B, T) token ids. attention_mask: (B, T), 1 for real tokens and 0 for padding on either
         side; positions are counted over real tokens. With a cache, idx continues what it holds
         (S' tokens) and the mask, if any, covers both: (B, S' + T). Returns (B, T, C); rows at
-        padding are finite and meaningless. ValueError past block_size.
+        padding are finite and meaningless. tied is for `forward`: see TiedEmbedding. ValueError past
+        block_size.
         """
         T, start = idx.size(1), cache.length if cache is not None else 0
         S = start + T
