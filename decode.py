@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import GPT, KVCache, check_sampling
+from model import GPT, KVCache, check_sampling, onednn
 
 
 class PackedLinear(nn.Module):
@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return onednn(x, self.weight, self.bias)
 
 
 class Int8Linear(nn.Module):

@@ -103,6 +103,7 @@ class KVCache:
 
 
 def onednn(x, weight, bias=None):
+    """F.linear by oneDNN, of a plain weight or one in its own layout (decode.py); no gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -119,12 +120,11 @@ class OneDNNLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad
-        dx = onednn(grad, weight.t()) if needs_dx else None
-        dw = None
-        if needs_dw:  # oneDNN copies the transposed gradient, which is much for a narrow product
-            product = onednn if min(weight.shape) >= 512 else F.linear
-            dw = product(grad.t(), x.t())
-        return dx, dw, grad.sum(0) if needs_db else None
+        # for the weight's gradient oneDNN copies the transposed rows: much for a narrow product
+        product = linear if min(weight.shape) >= 512 else F.linear
+        return (linear(grad, weight.t()) if needs_dx else None,
+                product(grad.t(), x.t()) if needs_dw else None,
+                grad.sum(0) if needs_db else None)
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()

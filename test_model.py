@@ -223,7 +223,10 @@ def test_large_products_by_onednn(size, frozen, bias):
         assert by_onednn == (y.dtype == torch.float32)
         y += 0.5  # as LoRA does
         y.backward(scale.to(y.dtype).transpose(0, 1).contiguous().transpose(0, 1))
-        found.append([y, *(leaf.grad for leaf in own if leaf.requires_grad)])
+        grown = [leaf for leaf in own if leaf.requires_grad]
+        first = torch.autograd.grad(linear(*own).square().sum(), grown, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), grown)
+        found.append([y, *(leaf.grad for leaf in grown), *first, *second])
     for ours, exact in zip(*found):
         assert ours.shape == exact.shape and (ours - exact).abs().max() < 1e-5 * exact.abs().max()
     assert (leaves[1].grad is None) == frozen
