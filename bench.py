@@ -31,7 +31,8 @@ from common import Device, Metrics, keep_freed_memory
 from configurator import run
 from data import Split, WindowOrder, data_folder
 from decode import prepare
-from model import GPT, PRESETS, GPTConfig, linear
+from model import GPT, PRESETS, GPTConfig
+from ops import linear
 from optim import build_optimizer
 
 peer: str | None = None  # folder of a nanoGPT checkout

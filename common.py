@@ -18,8 +18,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import naming, replacing, write_text
-from model import GPT, hub_file, load_torch, local_folder, read_json
+from files import (
+    hub_file,
+    load_torch,
+    local_folder,
+    naming,
+    read_json,
+    replacing,
+    write_text,
+)
+from model import GPT
 
 # Dense bfloat16 peak of chips in FLOP/s, from the makers' data sheets, by a part of the name that
 # torch.cuda.get_device_name gives. A chip that is not here has no MFU rather than a wrong one.
@@ -382,16 +390,10 @@ def clear_up(out_dir: Path, checkpoint: Path | None):
 
 def save_best(out_dir: Path, model, tokenizer):
     """Puts a model and its tokenizer into OUT/best as a Hugging Face folder."""
-    try:
-        file = out_dir / "best" / "tokenizer.json"
-        if not file.is_file() or file.read_text(encoding="utf-8") != tokenizer.to_json():
-            tokenizer.save(out_dir / "best")
-        model.save_pretrained(out_dir / "best", tokenizer.eos_id)
-    except Exception as e:
-        if isinstance(e, (OSError, RuntimeError)) or "SafetensorError" in type(e).__name__:
-            raise OSError(f"cannot write {out_dir / 'best'}: {e}; what was there before is untouched"
-                          ) from e
-        raise
+    file = out_dir / "best" / "tokenizer.json"
+    if not file.is_file() or file.read_text(encoding="utf-8") != tokenizer.to_json():
+        tokenizer.save(out_dir / "best")
+    model.save_pretrained(out_dir / "best", tokenizer.eos_id)
 
 
 class Metrics:
@@ -464,7 +466,8 @@ class Metrics:
         ax.set(xlabel="training tokens", ylabel=f"loss (nats a {unit})")
         ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         ax.grid(alpha=0.25)
-        ax.legend(frameon=False)
+        if ax.lines:
+            ax.legend(frameon=False)
         with replacing(self.png) as tmp:
             fig.savefig(tmp, format="png")
         plt.close(fig)

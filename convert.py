@@ -16,8 +16,8 @@ import torch
 
 from common import Metrics, load_model
 from configurator import run
-from data import write_text
-from model import GPT, GPTConfig, load_torch
+from files import load_torch, write_text
+from model import GPT, GPTConfig
 from tokenizer import open_tokenizer
 
 input: str | None = None  # run folder, Hugging Face folder, hub name, or nanoGPT's ckpt.pt

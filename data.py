@@ -19,7 +19,6 @@ import zlib
 from bisect import bisect_right
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
@@ -27,56 +26,14 @@ from threading import Lock
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
+from files import HERE, naming, write_text
+
 SHARD_TOKENS = 100_000_000
 
 
 def data_folder(name: str) -> Path:
     """`data/NAME` beside the scripts; something with a slash in it is a path as it stands."""
     return Path(name) if "/" in name or os.sep in name else HERE / "data" / name
-
-
-@contextmanager
-def replacing(path):
-    """Yields a temporary path; on success what was written there is flushed to disk and takes the
-    place of `path` in one step. On failure the old file stays whole; OSError says so."""
-    path = Path(path)
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        tmp.parent.mkdir(parents=True, exist_ok=True)
-        yield tmp
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except OSError as e:
-        raise OSError(f"cannot write {path}: {e.strerror or e}; what was there before is untouched"
-                      ) from e
-    finally:
-        with suppress(OSError):  # a read-only file system says so even where there is no such file
-            tmp.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # the new name, too, outlives a loss of power
-        with suppress(OSError):  # a few file systems cannot
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-
-def write_text(path, text: str):
-    """Writes a UTF-8 file, whole or not at all."""
-    with replacing(path) as tmp:
-        tmp.write_text(text, encoding="utf-8", newline="\n")
-
-
-@contextmanager
-def naming(path):
-    """Gives the name of a file to an OSError of reading or writing it, which comes without."""
-    try:
-        yield
-    except OSError as e:
-        e.filename = e.filename or str(path)
-        raise
 
 
 # ---- documents ----

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import GPT, KVCache, check_sampling, onednn
+from model import GPT, KVCache, check_sampling
+from ops import onednn
 
 
 class PackedLinear(nn.Module):

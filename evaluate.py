@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from common import Device, command_line, load_model, newest_run
 from configurator import run
-from data import Data, ngrams, replacing, words, write_text
+from data import Data, ngrams, words
 from decode import beam_search, prepare
+from files import replacing, write_text
 from model import check_sampling
 
 init_from: str | None = None  # run folder, Hugging Face folder or hub name; None: newest in out/,

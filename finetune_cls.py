@@ -23,7 +23,6 @@ import re
 import shutil
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -47,9 +46,10 @@ from common import (
     set_aside,
 )
 from configurator import run
-from data import normalize, read_table, replacing, write_text
+from data import normalize, read_table
+from files import local_folder, read_json, read_pretrained, replacing, write_text
 from lora import merge, set_trainable, unmerge
-from model import GPT, local_folder, read_json, read_pretrained
+from model import GPT, GPTConfig
 from tokenizer import open_tokenizer
 
 # what and where
@@ -300,9 +300,9 @@ def load(name: str) -> tuple:
     file = (best if (best / "config.json").is_file() else Path(name)) / "config.json"
     config, weight = read_json(file) if file.is_file() else {}, None
     if config.get("architectures") == ["GPT2ForSequenceClassification"]:
-        sizes, tensors = read_pretrained(file.parent)
+        fields, tensors = read_pretrained(file.parent)
         weight = tensors.pop("transformer.score.weight")[1]().float()
-        gpt, tokenizer = GPT(replace(sizes, dropout=dropout)), open_tokenizer(file.parent)
+        gpt, tokenizer = GPT(GPTConfig(**fields | {"dropout": dropout})), open_tokenizer(file.parent)
         gpt.load_state_dict({key: read() for key, (_, read) in tensors.items()})
     else:
         gpt, tokenizer = load_model(name, dtype=torch.float32, dropout=dropout)

@@ -46,9 +46,10 @@ from common import (
     set_aside,
 )
 from configurator import run
-from data import digest, fill_template, read_table, write_text
+from data import digest, fill_template, read_table
+from files import load_torch, local_folder, write_text
 from lora import merge, save_adapter, set_trainable, unmerge
-from model import GPT, GPTConfig, load_torch, local_folder
+from model import GPT, GPTConfig
 from optim import build_optimizer
 from tokenizer import from_json
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import replacing, write_text
-from model import Linear, open_safetensors, read_json
+from files import open_safetensors, read_json, save_safetensors, write_text
+from ops import Linear
 
 TARGETS = ("c_attn", "c_proj", "c_fc")  # all linear layers of the blocks
 
@@ -114,16 +114,13 @@ def adapter_tensors(model) -> dict:
 def save_adapter(model, folder, base_name: str):
     """Writes adapter_config.json and adapter_model.safetensors as PEFT's PeftModel.from_pretrained
     reads them. base_name: the hub name or folder of the model that they belong to."""
-    from safetensors.torch import save_file
     layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
         "r": layer.rank, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "bias": "none",
         "target_modules": model.lora_targets, "fan_in_fan_out": True,  # their layers are Conv1D
         "inference_mode": True}
-    with replacing(Path(folder) / "adapter_model.safetensors") as tmp:
-        save_file(adapter_tensors(model), tmp, {"format": "pt"})
-        tmp.chmod(0o644)  # safetensors leaves 0600
+    save_safetensors(Path(folder) / "adapter_model.safetensors", adapter_tensors(model))
     write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 

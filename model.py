@@ -8,12 +8,9 @@ nn.Linear layout (out, in) and transposed only when they go to or come from a fi
 
 import json
 import math
-import os
-import pickle
 import re
-import zipfile
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HERE = Path(__file__).resolve().parent
+from files import CONV1D, read_pretrained, save_safetensors, write_text
+from ops import Linear, LinearCrossEntropy, TiedEmbedding, linear, recomputed
 
 
 @dataclass
@@ -102,66 +100,6 @@ class KVCache:
             kept[:, moved, :, :self.length] = kept[:, rows[moved], :, :self.length]
 
 
-def onednn(x, weight, bias=None):
-    """F.linear by oneDNN, of a plain weight or one in its own layout (decode.py); no gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """F.linear of float32 rows (N, in) on an x86 CPU by oneDNN, whose products take 0.7 to 0.95 of
-    the time of those of the BLAS that F.linear calls there."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return onednn(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad
-        # for the weight's gradient oneDNN copies the transposed rows: much for a narrow product
-        product = linear if min(weight.shape) >= 512 else F.linear
-        return (linear(grad, weight.t()) if needs_dx else None,
-                product(grad.t(), x.t()) if needs_dw else None,
-                grad.sum(0) if needs_db else None)
-
-
-ONEDNN = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
-
-
-def linear(x, weight, bias=None):
-    """F.linear, by the faster of this machine's libraries."""
-    if (ONEDNN and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-            and x.numel() * len(weight) >= 2**27 and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()):
-        return OneDNNLinear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
-def recomputed(make, x, use, width, *args):
-    """use(make(x), *args); for the backward pass make(x) is not kept but made again, on CPUs and from
-    a width of 512: there a LayerNorm or GELU is little beside the products, which grow with it."""
-    y = make(x)
-    if (width < 512 or x.device.type != "cpu" or not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()):
-        return use(y, *args)
-    at, size = y.data_ptr(), y.numel()
-
-    def pack(t):
-        return t.shape if t.data_ptr() == at and t.numel() == size and t.is_contiguous() else t
-
-    def unpack(kept):
-        return make(x).view(kept) if isinstance(kept, torch.Size) else kept
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return use(y, *args)
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -213,70 +151,6 @@ class Block(nn.Module):
         C = x.size(-1)
         x = x + recomputed(self.ln_1, x, self.attn, C, mask, layer, cache)
         return x + recomputed(self.ln_2, x, self.mlp, C)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(x @ weight.T, targets) of x (N, C) and weight (V, C), for a CPU, where the
-    (N, V) logits, their softmax and gradient are most of the memory and none of the work: 256 rows
-    at a time, the gradient along with the loss. Under autocast the products have its dtype. It can
-    be run backward once."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, tied=None):
-        real = targets != -100
-        count, loss = real.sum().clamp(min=1), x.new_zeros(())
-        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        rows, matrix = x.to(low), weight.to(low)
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        logits = rows.new_empty(min(256, len(x)), len(weight))
-        parts = [slice(j, j + 8192) for j in range(0, len(weight), 8192)]  # oneDNN copies weights
-        for i in range(0, len(x), 256):
-            row, own = rows[i:i + 256], real[i:i + 256]
-            for part in parts:
-                logits[:len(row), part] = linear(row, matrix[part])
-            p = logits[:len(row)].to(x.dtype)
-            at = targets[i:i + 256].clamp(min=0)[:, None]
-            p -= p.amax(1, keepdim=True)
-            logit = p.gather(1, at)
-            total = p.exp_().sum(1, keepdim=True)
-            loss += (total.log() - logit)[own].sum()
-            p *= own.to(p)[:, None] / count / total
-            p = p.scatter_add_(1, at, -own.to(p)[:, None] / count).to(low)
-            for part in parts if dx is not None else ():
-                dx[i:i + 256] += linear(p[:, part], matrix[part].t())
-            if dw is not None and low == dw.dtype:
-                dw.addmm_(p.t(), row)
-            elif dw is not None:
-                dw += p.t() @ row
-        ctx.gradients, ctx.tied = [dx, dw], tied
-        return loss / real.sum()  # nan where none counts, as F.cross_entropy; the gradient is 0
-
-    @staticmethod
-    def backward(ctx, scale):
-        (dx, dw), ctx.gradients = ctx.gradients, None
-        for gradient in (dx, dw):
-            if gradient is not None and scale != 1:
-                gradient.mul_(scale)
-        if ctx.tied is None:
-            return dx, dw, None, None
-        ctx.tied.append(dw)
-        return dx, None, None, None
-
-
-class TiedEmbedding(torch.autograd.Function):
-    """F.embedding of ids (B, T), its gradient added to that of the head, which is `tied`[0] by then:
-    two as large as the vocabulary, and their sum, would be the peak of a step's memory."""
-
-    @staticmethod
-    def forward(ctx, idx, weight, tied):
-        ctx.idx, ctx.tied = idx, tied
-        return F.embedding(idx, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dw = ctx.tied.pop()
-        return None, dw.index_add_(0, ctx.idx.flatten(), grad.flatten(0, -2)), None
 
 
 class GPT(nn.Module):
@@ -465,15 +339,18 @@ class GPT(nn.Module):
         own. block_size crops the context; dropout overrides the file's. The model comes in
         evaluation mode. ValueError names what does not fit.
         """
-        config, tensors = read_pretrained(name, revision)
+        fields, tensors = read_pretrained(name, revision)
+        fields |= {} if dropout is None else {"dropout": dropout}
+        try:
+            config = GPTConfig(**fields)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"{name}: {e}") from None
         positions = config.block_size
         if block_size is not None:
-            if block_size > config.block_size:
-                raise ValueError(f"block_size={block_size} is more than the {config.block_size} "
-                                 f"positions of {name}")
-            config = replace(config, block_size=block_size)
-        if dropout is not None:
-            config = replace(config, dropout=dropout)
+            if block_size > positions:
+                raise ValueError(f"block_size={block_size} is more than the {positions} positions of "
+                                 f"{name}")
+            config = GPTConfig(**fields | {"block_size": block_size})
         with torch.device("meta"):  # no memory, no random numbers
             model = cls(config)
         state = {}
@@ -502,9 +379,6 @@ class GPT(nn.Module):
     def save_pretrained(self, folder, eos_id: int | None = None):
         """Writes config.json and model.safetensors as transformers' GPT2LMHeadModel reads them.
         eos_id is where their `generate` stops."""
-        from safetensors.torch import save_file
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, tensor in self.state_dict().items():
             tensors[name] = (tensor.t() if CONV1D.search(name) else tensor).contiguous()
@@ -521,201 +395,8 @@ class GPT(nn.Module):
             "layer_norm_epsilon": 1e-5, "bias": c.bias,
             "bos_token_id": eos_id, "eos_token_id": eos_id,
             "torch_dtype": str(self.transformer.wte.weight.dtype).removeprefix("torch.")}
-        text = json.dumps(config, indent=2) + "\n"
-        for file, write in (("model.safetensors", lambda f: save_file(tensors, f, {"format": "pt"})),
-                            ("config.json", lambda f: f.write_text(text, encoding="utf-8"))):
-            tmp = folder / f"{file}.tmp"
-            try:
-                write(tmp)
-                tmp.chmod(0o644)  # safetensors leaves 0600
-                with open(tmp, "rb+") as f:
-                    os.fsync(f.fileno())
-                os.replace(tmp, folder / file)
-            finally:
-                tmp.unlink(missing_ok=True)
-
-
-CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by Hugging Face
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # buffers of old files, not parameters
-
-
-def local_folder(name) -> Path:
-    """The folder of that name; `weights` is the one beside the scripts. ValueError without it."""
-    if str(name).rstrip("/") != "weights":
-        return Path(name)
-    folder = HERE / "weights"
-    if not folder.is_dir():
-        raise ValueError(f"there is no model in {folder}; train one (make run, or python train.py "
-                         "config/quickstart.py), or bring weights/ back (git checkout -- weights)")
-    return folder
-
-
-def read_pretrained(name, revision=None):
-    """(GPTConfig, {our tensor name: (shape in our layout, function that reads it)}) of a hub name,
-    a Hugging Face folder or a run folder. ValueError in one line for anything unusable."""
-    folder = local_folder(name)
-    if folder.is_dir():
-        if (folder / "best" / "config.json").is_file():
-            folder = folder / "best"
-        elif (folder / "ckpt.pt").is_file():
-            checkpoint = load_torch(folder / "ckpt.pt")
-            try:
-                config = GPTConfig(**checkpoint["config"])
-                return config, {k: (v.shape, lambda v=v: v) for k, v in checkpoint["model"].items()}
-            except (KeyError, TypeError, AttributeError, IndexError):
-                raise ValueError(f"{folder / 'ckpt.pt'} was not written by train.py; nanoGPT's goes "
-                                 "through convert.py --input=FILE") from None
-
-        def find(file):
-            return folder / file if (folder / file).is_file() else None
-    elif Path(name).parts[:1] == ("out",):  # a run's folder, not somebody's model on the hub
-        config = f"config/{''.join(Path(name).parts[1:2])}.py"
-        hint = (f"the header of {config} says how to make it" if (HERE / config).is_file() else
-                f"train it first: python train.py --out_dir={name}")
-        raise ValueError(f"no such run: {name}; {hint}")
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
-        def find(file):
-            return hub_file(str(name), file, revision)
-    else:
-        raise ValueError(f"no folder {name}, and it is not a hub name such as gpt2 or owner/name")
-
-    path = find("config.json")
-    if path is None:
-        raise ValueError(f"{name} holds no config.json and no ckpt.pt: not a model folder")
-    config = config_from_hf(read_json(path), path)
-    tensors = {}
-    if (path := find("model.safetensors")) is not None:
-        open_safetensors(path, tensors)
-    elif (path := find("model.safetensors.index.json")) is not None:
-        index = read_json(path).get("weight_map")
-        if not isinstance(index, dict):
-            raise ValueError(f"{path} has no weight_map")
-        for file in sorted(set(map(str, index.values()))):
-            if Path(file).name != file:
-                raise ValueError(f"{path} names {file!r}, outside its folder")
-            if (path := find(file)) is None:
-                raise ValueError(f"{name} lacks {file}, which its index names")
-            open_safetensors(path, tensors)
-    elif (path := find("pytorch_model.bin")) is not None:
-        for key, tensor in load_torch(path).items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(  # noqa: TRY004
-                    f"{path}: {key} is {type(tensor).__name__}, expected a tensor")
-            tensors[key] = (tensor.shape, lambda tensor=tensor: tensor)
-    else:
-        raise ValueError(f"{name} holds no model.safetensors and no pytorch_model.bin")
-
-    ours = {}
-    for key, (shape, read) in tensors.items():
-        if not key.startswith(("transformer.", "lm_head.")):
-            key = f"transformer.{key}"  # saved from the bare GPT2Model
-        if MASKS.search(key) or key == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if not config.bias and re.search(r"\.(ln_\w|c_\w+)\.bias$", key):
-            if read().count_nonzero():
-                raise ValueError(f"{name}: {key} is not zero, but config.json says bias false")
-            continue
-        if CONV1D.search(key) and len(shape) == 2:  # a view: nothing is moved
-            shape, read = shape[::-1], lambda read=read: read().t()
-        ours[key] = (shape, read)
-    return config, ours
-
-
-def config_from_hf(hf: dict, path) -> GPTConfig:
-    """GPTConfig of a Hugging Face GPT-2 config; refuses by name whatever we would not compute."""
-    if hf.get("model_type") != "gpt2":
-        raise ValueError(f"{path}: model_type is {hf.get('model_type')!r}, expected 'gpt2'")
-    aliases = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "n_ctx": "n_positions",
-               "num_hidden_layers": "n_layer", "max_position_embeddings": "n_positions"}
-    hf = {aliases[key]: value for key, value in hf.items() if key in aliases} | hf
-    width = hf.get("n_embd", 768)
-    defaults = {"n_inner": None, "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-                "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
-                "add_cross_attention": False}
-    for key, default in defaults.items():
-        value = hf.get(key, default)
-        if value != default and not (
-                key == "n_inner" and type(width) is int and value == 4 * width):
-            raise ValueError(f"{path}: {key}={value!r} is not supported, only {default!r}")
-    dropouts = [hf.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
-    if any(dropout != dropouts[0] for dropout in dropouts):
-        raise ValueError(f"{path}: resid_pdrop, embd_pdrop and attn_pdrop differ: {dropouts}")
-    activation = hf.get("activation_function", "gelu_new")
-    try:
-        return GPTConfig(
-            block_size=hf.get("n_positions", 1024), vocab_size=hf.get("vocab_size", 50257),
-            n_layer=hf.get("n_layer", 12), n_head=hf.get("n_head", 12), n_embd=width,
-            dropout=dropouts[0], bias=hf.get("bias", True),
-            activation="gelu_new" if activation == "gelu_pytorch_tanh" else activation,
-            tie_word_embeddings=hf.get("tie_word_embeddings", True))
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-
-
-def read_json(path) -> dict:
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")  # noqa: TRY004
-    return value
-
-
-def open_safetensors(path, tensors: dict):
-    from safetensors import SafetensorError, safe_open
-    try:
-        file = safe_open(path, framework="pt")  # mapped, not read
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            shape = tuple(file.get_slice(key).get_shape())
-            tensors[key] = (shape, lambda key=key: file.get_tensor(key))
-    except SafetensorError as e:
-        raise ValueError(f"{path} is damaged or not safetensors: {e}") from None
-
-
-def load_torch(path) -> dict:
-    """torch.load of tensors and plain values only: a pickle that would run code is refused."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True,
-                            mmap=zipfile.is_zipfile(path))  # files older than torch 1.6 are no zip
-    except OSError:
-        raise
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} holds more than tensors and is not loaded, as its pickle could run "
-                         f"code: {str(e).splitlines()[0][:200]}") from None
-    except Exception as e:  # noqa: BLE001 (a damaged pickle can raise anything)
-        raise ValueError(f"{path} is damaged: "
-                         f"{(str(e) or type(e).__name__).splitlines()[0][:200]}") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, expected a dict")  # noqa: TRY004
-    return loaded
-
-
-def hub_file(name: str, file: str, revision: str | None = None):
-    """Path of a hub repository's file in the local cache, downloaded if need be; None if it has
-    none. A cached copy is taken as it is; `revision` pins one."""
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
-    try:
-        try:
-            return Path(hf_hub_download(name, file, revision=revision, local_files_only=True))
-        except errors.LocalEntryNotFoundError:
-            return Path(hf_hub_download(name, file, revision=revision))
-    except errors.HFValidationError:
-        raise ValueError(f"no folder {name}, and it is not a hub name") from None
-    except errors.LocalEntryNotFoundError:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-        if file != "config.json" and isinstance(cached, str):
-            return None  # offline: the repository is there, this file of it is not
-        raise ValueError(
-            f"{name} is no local folder, it is not in the hub's local cache, and the hub cannot be "
-            f"reached; download it where there is a network (hf download {name} --local-dir FOLDER) "
-            "and give that FOLDER") from None
-    except errors.EntryNotFoundError:
-        return None
-    except errors.RepositoryNotFoundError:
-        raise ValueError(f"the hub has no model {name}, or it needs a login") from None
-    except errors.RevisionNotFoundError:
-        raise ValueError(f"{name} has no revision {revision}") from None
+        save_safetensors(Path(folder) / "model.safetensors", tensors)
+        write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 # ---- drawing a token ----

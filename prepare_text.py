@@ -10,7 +10,8 @@ import re
 from itertools import chain, islice
 
 from configurator import run
-from data import describe, find_files, normalize, read_documents, write_data, write_text
+from data import describe, find_files, normalize, read_documents, write_data
+from files import write_text
 from tokenizer import char_tokenizer, fetch_wheel, open_tokenizer
 
 name = "shakespeare"  # data/NAME is written; or a path with a slash in it

@@ -36,8 +36,9 @@ from common import (
     set_aside,
 )
 from configurator import run
-from data import ngrams, words, write_text
+from data import ngrams, words
 from decode import beam_search, prepare
+from files import write_text
 from lora import merge, set_trainable, unmerge
 from model import GPT, GPTConfig, check_sampling
 from optim import build_optimizer

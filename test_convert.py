@@ -14,8 +14,9 @@ import train
 from common import command_line, load_model
 from configurator import configure, find_settings
 from data import Data, write_data
+from files import load_torch
 from lora import add_lora, merge, save_adapter, unmerge
-from model import GPT, GPTConfig, load_torch
+from model import GPT, GPTConfig
 from test_model import ids, tiny, tiny_hf
 from tokenizer import char_tokenizer, open_tokenizer
 

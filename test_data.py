@@ -11,8 +11,8 @@ import threading
 import numpy as np
 import pytest
 
-import data
 from data import Data, Split, WindowOrder, find_files, read_documents, write_data
+from files import replacing
 from tokenizer import char_tokenizer, open_tokenizer
 
 STORIES = [f"Story {i} of a cat that sat{' on the mat' * (i % 7)}.\nThe end … é 😀" for i in range(90)]
@@ -294,10 +294,10 @@ def test_the_smallest_splits():
 def test_replacing_keeps_the_old_file_on_failure(tmp_path):
     file = tmp_path / "f"
     file.write_text("old")
-    with pytest.raises(OSError, match="untouched"), data.replacing(file) as tmp:
+    with pytest.raises(OSError, match="untouched"), replacing(file) as tmp:
         tmp.write_text("half")
         raise OSError(28, "No space left on device")
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
-    with data.replacing(file) as tmp:
+    with replacing(file) as tmp:
         tmp.write_text("new")
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_module
+import files
 import sample
 import train
 from configurator import configure, find_settings
@@ -225,7 +225,7 @@ def test_weights_beside_the_scripts_serve_until_there_is_a_run(tmp_path, monkeyp
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(model_module, "HERE", tmp_path)
+    monkeypatch.setattr(files, "HERE", tmp_path)
     for words in ([sample], [train, "--eval_only", "--init_from=weights", "--dataset=./stories"]):
         if words[0] is train:
             tok = train_bpe(["Once upon a time there was a cat. "] * 9, 270)

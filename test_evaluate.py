@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import evaluate
-import model as model_module
+import files
 from configurator import configure, find_settings
 from data import write_data
 from evaluate import (
@@ -162,6 +162,6 @@ def test_script(tmp_path, monkeypatch, capsys):
                       ("num_beams=2,length_penalty=nan", "length_penalty a number")):
         with pytest.raises(ValueError, match=f"decoding '{way}': .*{word}"):
             run("--decoding", "greedy", way)
-    monkeypatch.setattr(model_module, "HERE", tmp_path)
+    monkeypatch.setattr(files, "HERE", tmp_path)
     with pytest.raises(ValueError, match="make run.*git checkout"):
         run("--init_from=None")

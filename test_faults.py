@@ -36,7 +36,8 @@ import common
 import train
 from configurator import configure, find_settings, run
 from data import Data, read_documents, write_data
-from model import GPT, load_torch
+from files import load_torch
+from model import GPT
 from tokenizer import char_tokenizer, open_tokenizer
 
 kills = 60  # SIGKILLs at random moments, half of them aimed at a save

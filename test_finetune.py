@@ -22,6 +22,7 @@ import sample as sampler
 from common import load_model, save_best
 from configurator import configure, find_settings
 from convert import load_nanogpt
+from files import load_torch
 from lora import (
     LoRALinear,
     add_lora,
@@ -31,7 +32,7 @@ from lora import (
     set_trainable,
     unmerge,
 )
-from model import GPT, GPTConfig, load_torch
+from model import GPT, GPTConfig
 from tokenizer import char_tokenizer, open_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -13,16 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import (
-    GPT,
-    ONEDNN,
-    PRESETS,
-    GPTConfig,
-    KVCache,
-    LinearCrossEntropy,
-    draw,
-    linear,
-)
+import ops
+from model import GPT, PRESETS, GPTConfig, KVCache, draw
+from ops import ONEDNN, LinearCrossEntropy, linear
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -262,12 +255,12 @@ def test_bfloat16_on_a_cpu(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=50257, n_layer=2, n_head=2, n_embd=32))
     x, found, kinds = torch.randint(50257, (6, 65)), [], []
-    attention, linear = F.scaled_dot_product_attention, model_module.linear
+    attention, linear = F.scaled_dot_product_attention, ops.linear
     for kind in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", kind, enabled=kind == torch.bfloat16), monkeypatch.context() as m:
             m.setattr(F, "scaled_dot_product_attention",
                       lambda q, *a, **k: kinds.append(q.dtype) or attention(q, *a, **k))
-            m.setattr(model_module, "linear", lambda x, *a: (
+            m.setattr(ops, "linear", lambda x, *a: (
                 kinds.append(x.dtype) if x.dim() == 2 else None) or linear(x, *a))
             loss = model(x[:, :-1], x[:, 1:])[1]
         found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])

@@ -31,7 +31,8 @@ from common import (
 )
 from configurator import configure, find_settings
 from data import Data, write_data
-from model import GPT, GPTConfig, load_torch
+from files import load_torch
+from model import GPT, GPTConfig
 from optim import AdamW, build_optimizer
 from tokenizer import char_tokenizer, open_tokenizer, train_bpe
 

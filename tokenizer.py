@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import find_files, normalize, read_documents, replacing
+from data import find_files, normalize, read_documents
+from files import replacing
 
 input: list[str] = []  # train: text files, .txt or .jsonl[.gz|.xz] with a `text` field, or .parquet
 vocab_size = 4096  # train: ids in all, special tokens included, 257 to 65536

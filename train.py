@@ -46,7 +46,8 @@ from common import (
 from configurator import run
 from data import Data, WindowOrder
 from decode import Int8Linear, prepare
-from model import GPT, GPTConfig, read_pretrained
+from files import read_pretrained
+from model import GPT, GPTConfig
 from optim import build_optimizer
 
 # what and where
