@@ -64,6 +64,8 @@ class Device:
             raise ValueError(f"device={device} cannot be used here ({str(e).splitlines()[0]}); "
                              "try --device=cpu") from None
         self.type = self.device.type
+        if self.type not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device={device} cannot be used here; try --device=cpu")
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32
@@ -159,6 +161,8 @@ def read_settings(script: dict, least: dict, choices: dict | None = None) -> dic
     value or none of its choices."""
     settings = {k: v for k, v in script.items() if not k.startswith("_") and k.islower()
                 and isinstance(v, (int, float, str, list, type(None)))}
+    if settings["seed"] >= 2**62:
+        raise ValueError(f"seed must be less than 2**62, got {settings['seed']}")
     for name, low in least.items():
         if settings[name] is not None and settings[name] < low:
             raise ValueError(f"{name} must be at least {low}, got {settings[name]}")
@@ -559,7 +563,10 @@ def load_model(name, tokenizer=None, **options):
     if (folder / "adapter_config.json").is_file():
         from lora import load_adapter, merge
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        model, tokenizer = load_model(str(base), tokenizer, **options)
+        if not isinstance(base, str):
+            raise ValueError(f"{folder / 'adapter_config.json'} names no base model: its "
+                             f"base_model_name_or_path is {base!r}")
+        model, tokenizer = load_model(base, tokenizer, **options)
         load_adapter(model, folder)
         merge(model)
         for module in model.modules():  # for good: a later `unmerge` is for adapters put on since
@@ -572,5 +579,5 @@ def load_model(name, tokenizer=None, **options):
         tokenizer = open_tokenizer(tokenizer)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids, the model "
-                         f"in {name} has {model.config.vocab_size}; name another with --tokenizer")
+                         f"in {name} has {model.config.vocab_size}; put the tokenizer.json that it was trained with into its folder")
     return model, tokenizer

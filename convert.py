@@ -68,7 +68,9 @@ def facts(folder: Path) -> dict:
         return found | {"Data": settings.get("data", "unknown")}
     found = {"Data": settings["dataset"], "Command": f"`{checkpoint['command']}`"} | found
     if (folder / "metrics.jsonl").is_file():
-        rows = [row for row in Metrics.read(folder / "metrics.jsonl") if "val_loss" in row]
+        best = (folder / "best" / "config.json").is_file()  # what is exported, else the checkpoint
+        rows = [row for row in Metrics.read(folder / "metrics.jsonl")
+                if "val_loss" in row and (best or row["step"] == checkpoint["step"])]
         if rows:
             best = min(rows, key=lambda row: row["val_loss"])
             if best["step"] < checkpoint["step"]:  # best/ is what is exported
@@ -113,7 +115,7 @@ def main():
         model, checkpoint = load_nanogpt(path)
         tok = tok or open_tokenizer("gpt2")
         found = {"Converted from": "a nanoGPT checkpoint",
-                 "Training": f"{checkpoint.get('iter_num', 0):,} steps"}
+                 "Training": f"{checkpoint.get('iter_num', 'unknown')} steps"}
         if tok.vocab_size != model.config.vocab_size:
             raise ValueError(f"{input} has a vocabulary of {model.config.vocab_size}, the tokenizer "
                              f"({tok.name}) one of {tok.vocab_size}; name its own with --tokenizer "

@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import time
 import zlib
 from bisect import bisect_right
@@ -33,6 +34,8 @@ SHARD_TOKENS = 100_000_000
 
 def data_folder(name: str) -> Path:
     """`data/NAME` beside the scripts; something with a slash in it is a path as it stands."""
+    if name in ("", ".", ".."):
+        raise ValueError(f"{name!r} does not name a data set; expected a name, or a path with a slash")
     return Path(name) if "/" in name or os.sep in name else HERE / "data" / name
 
 
@@ -56,8 +59,9 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
     """Yields the documents of a file: the `column` of each row of .jsonl[.gz|.xz] or .parquet; any
     other file is UTF-8 text (.gz and .xz too), one document, or cut at `separator`.
     ValueError names the file and the line of what cannot be read."""
-    path = Path(path)
-    if path.suffix == ".parquet":
+    path, number = Path(path), 0
+    kinds, opener = kind_of(path)
+    if ".parquet" in kinds:
         import pyarrow as pa
         import pyarrow.parquet as pq
         try:
@@ -66,22 +70,24 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
                 raise ValueError(f"{path} has no column {column!r}; it has "
                                  f"{table.schema_arrow.names}")
             for batch in table.iter_batches(columns=[column]):
-                for text in batch.column(0).to_pylist():
+                for number, text in enumerate(batch.column(0).to_pylist(), number + 1):  # noqa: B020
                     if not isinstance(text, str):
-                        raise ValueError(  # noqa: TRY004
-                            f"{path}: a row's {column!r} is {type(text).__name__}, expected text")
+                        raise ValueError(f"{path}, row {number}: {column!r} is "  # noqa: TRY004
+                                         f"{type(text).__name__}, expected text")
                     yield text
-        except pa.ArrowException as e:
-            raise ValueError(f"{path} is damaged: {e}") from None
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as e:
+            raise ValueError(f"{path} is damaged, or not parquet: {e}") from None
         return
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:  # without Windows' byte-order mark
-            if ".jsonl" in path.suffixes:
+        with opener(path, "rb") as file:
+            if ".jsonl" in kinds:
                 for number, line in enumerate(file, 1):
                     if line.strip():
+                        line = line.decode("utf-8-sig" if number == 1 else "utf-8")
                         yield _text_field(line, column, f"{path}, line {number}")
-            elif separator is None:
+                return
+            file = io.TextIOWrapper(file, "utf-8-sig")  # without Windows' byte-order mark
+            if separator is None:
                 yield file.read()
             else:
                 rest = ""
@@ -90,10 +96,18 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
                     yield from documents
                 yield rest
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} "
-                         f"({e.reason})") from None
+        raise ValueError(f"{path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} ({e.reason})"
+                         + f" in line {number}" * (number > 0)) from None
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as e:
         raise ValueError(f"{path} is damaged: {e}") from None
+
+
+def kind_of(path: Path) -> tuple:
+    """(suffixes in lower case, the function that opens such a file); ValueError for an archive."""
+    kinds = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if {".tar", ".tgz", ".zip"} & set(kinds):
+        raise ValueError(f"{path} is an archive of files: unpack it, and give those")
+    return kinds, {".gz": gzip.open, ".xz": lzma.open}.get(kinds[-1] if kinds else "", open)
 
 
 def read_table(path) -> list[dict]:
@@ -101,20 +115,21 @@ def read_table(path) -> list[dict]:
     the last also as .gz or .xz. ValueError, with the line where it has one, for what cannot be
     read."""
     path, raw = Path(path), b""
+    kinds, opener = kind_of(path)
     try:
-        if path.suffix == ".parquet":
+        if ".parquet" in kinds:
             from pyarrow.parquet import read_table as read_parquet
             return read_parquet(path).to_pylist()
-        with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb") as file:
+        with opener(path, "rb") as file:
             raw = file.read()
         text = raw.decode("utf-8-sig")
-        if {".json", ".jsonl"} & set(path.suffixes):
+        if {".json", ".jsonl"} & set(kinds):
             return json.loads(text) if text.lstrip().startswith("[") else [
                 json.loads(line) for line in text.split("\n") if line.strip()]
         csv.field_size_limit(2**31 - 1)
         return list(csv.DictReader(
             io.StringIO(text, newline=""), delimiter="\t" if "\t" in text.split("\n")[0] else ",",
-            quoting=csv.QUOTE_NONE if ".txt" in path.suffixes else csv.QUOTE_MINIMAL))
+            quoting=csv.QUOTE_NONE if ".txt" in kinds else csv.QUOTE_MINIMAL))
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text: byte 0x{raw[e.start]:02x} in line "
                          f"{raw[:e.start].count(10) + 1}; save it as UTF-8") from None
@@ -148,7 +163,12 @@ def _text_field(line, column, where):
     try:
         row = json.loads(line)
         text = row[column]
-    except json.JSONDecodeError as e:
+        if "\\u" in line and isinstance(text, str):
+            text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: U+{ord(text[e.start]):04X} at position {e.start} of {column!r} is "
+                         "half a surrogate pair, no character") from None
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: not JSON: {e}") from None
     except (KeyError, TypeError):
         fields = list(row) if isinstance(row, dict) else type(row).__name__
@@ -182,10 +202,18 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = SHARD_TOK
     """
     from filelock import FileLock, Timeout
     folder = data_folder(name)
+    if (folder / "tokenizer.json").exists() and not any(
+            (folder / own).exists() for own in ("meta.json", ".lock")):
+        raise ValueError(f"{folder} holds a tokenizer.json that is no data set's, and would be "
+                         "replaced; give another --name")
     folder.mkdir(parents=True, exist_ok=True)
+
+    def parts():
+        return [file for kind in ("train_*.bin", "val_*.bin", "tokenizer.json", "meta.json")
+                for file in folder.glob(f"{kind}.part")]
     try:
         with FileLock(folder / ".lock", blocking=False):
-            remove([*folder.glob("*.part"), *folder.glob("*.tmp")])  # of a killed call
+            remove(parts())  # of a killed call
             meta = {"tokenizer": tokenizer.name, "tokenizer_sha256": digest(tokenizer.to_json()),
                     "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id,
                     "dtype": tokenizer.dtype.name, "splits": {}}
@@ -193,16 +221,16 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = SHARD_TOK
                 for split, documents in splits.items():
                     meta["splits"][split] = _write_split(folder, split, documents, tokenizer,
                                                          shard_tokens)
+                meta["sha256"] = digest(meta)
+                write_text(folder / "tokenizer.json.part", tokenizer.to_json())
+                write_text(folder / "meta.json.part", json.dumps(meta, indent=1) + "\n")
             except BaseException:
-                remove(folder.glob("*.part"))
+                remove(parts())
                 raise
             remove([folder / "meta.json", *folder.glob("train_[0-9]*.bin"),
                     *folder.glob("val_[0-9]*.bin")])
-            for part in folder.glob("*.part"):
+            for part in parts():  # meta.json last
                 os.replace(part, part.with_suffix(""))
-            write_text(folder / "tokenizer.json", tokenizer.to_json())
-            meta["sha256"] = digest(meta)
-            write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
             return meta
     except Timeout:
         raise ValueError(f"another process is preparing {folder}; wait for it to end") from None
@@ -267,7 +295,7 @@ def _write_split(folder, split, documents, tokenizer, shard_tokens):
     if file is not None:
         close()
     if not info["tokens"]:
-        raise ValueError(f"the {split} split is empty: no documents were found")
+        raise ValueError(f"the {split} split is empty: no text was found for it")
     info["seconds"] = round(time.perf_counter() - start, 2)
     return info
 
@@ -340,12 +368,14 @@ class Data:
 
     def __init__(self, name: str, verify: bool = False):
         self.folder = folder = data_folder(name)
-        again = self.again = (
-            f"python {PREPARE.get(name, f'prepare_text.py --name={name} --input=FILES')}")
+        again = self.again = "python " + PREPARE.get(
+            name, f"prepare_text.py --name={shlex.quote(name)} --input=FILES")
         if not (folder / "meta.json").is_file():
             old = [folder / f"{split}.bin" for split in ("train", "val")]
             if not all(file.is_file() for file in old):
-                raise ValueError(f"no prepared data in {folder}; first run: {again}")
+                there = [f"{file.name} is there, " for file in old if file.is_file()]
+                raise ValueError(f"no prepared data in {folder} ({''.join(there)}meta.json is not); "
+                                 f"first run: {again}")
             for file in old:
                 if file.stat().st_size % 2 or not file.stat().st_size:
                     raise ValueError(f"{file} has {file.stat().st_size:,} bytes, expected whole uint16 "
@@ -402,7 +432,10 @@ class Data:
         if self.meta is None:
             characters = self.folder / "meta.pkl"
             return open_tokenizer(characters if characters.is_file() else "gpt2")
-        tokenizer = open_tokenizer(self.folder)
+        try:
+            tokenizer = open_tokenizer(self.folder)
+        except ValueError as e:
+            raise ValueError(f"{self.folder}: {e}; run again: {self.again}") from None
         known = self.meta.get("tokenizer_sha256")
         if ((tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id)
                 or known not in (None, digest(tokenizer.to_json()))):

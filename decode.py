@@ -153,10 +153,8 @@ def prepare(model: GPT, quantize: str | None = None, compile: bool = False) -> G
     if quantize is None and not packs:
         return model
     kind = Int8Linear if quantize else PackedLinear
-    for block in model.transformer.h:
-        for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"),
-                           (block.mlp, "c_proj")):
-            linear = getattr(part, name)
+    for part in [part for block in model.transformer.h for part in (block.attn, block.mlp)]:
+        for name, linear in list(part.named_children()):
             setattr(part, name, kind(linear.weight, linear.bias))
     model.lm_head = kind(weight if model.config.tie_word_embeddings else model.lm_head.weight, None)
     return model.eval()
@@ -174,6 +172,14 @@ def stream_text(model: GPT, tokenizer, idx, *args, **options):
     yield utf8.decode(b"", final=True), count
 
 
+def check_beams(config, num_beams: int, length_penalty: float):
+    """ValueError, with the range, for a setting of beam search out of it."""
+    if not 1 <= num_beams <= config.vocab_size:
+        raise ValueError(f"num_beams must be in 1 … {config.vocab_size} (the vocabulary), got {num_beams}")
+    if not abs(length_penalty) <= 20:
+        raise ValueError(f"length_penalty must be in -20 … 20, got {length_penalty}")
+
+
 @torch.inference_mode()
 def beam_search(model: GPT, idx, max_new_tokens: int, num_beams: int, length_penalty: float = 1.0,
                 eos_id: int | None = None):
@@ -186,9 +192,8 @@ def beam_search(model: GPT, idx, max_new_tokens: int, num_beams: int, length_pen
     filled with eos_id. ValueError for settings out of range.
     """
     check_sampling(model.config, idx, max_new_tokens, 0.0, None, None)
+    check_beams(model.config, num_beams, length_penalty)
     V, (B, T) = model.config.vocab_size, idx.shape
-    if not 1 <= num_beams <= V:
-        raise ValueError(f"num_beams must be in 1 … {V} (the vocabulary), got {num_beams}")
     device, block_size, end = idx.device, model.config.block_size, T + max_new_tokens
     keep = 2 * num_beams  # candidates: enough to go on with if all the best ones end
     sequences = idx.new_full((B, num_beams, end), 0 if eos_id is None else eos_id)

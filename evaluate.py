@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common import Device, command_line, load_model, newest_run
 from configurator import run
 from data import Data, ngrams, words
-from decode import beam_search, prepare
+from decode import beam_search, check_beams, prepare
 from files import replacing, write_text
 from model import check_sampling
 
@@ -119,7 +119,7 @@ def documents(data, name: str):
     """The documents of a split of prepared data, as text."""
     split, tokenizer, rest, at = getattr(data, name), data.tokenizer(), [], 0
     while at < split.tokens:
-        ids = split.read(at, 1 << 20)
+        ids = split.rows([at], min(1 << 20, split.tokens - at))[0]
         at += len(ids)
         *whole, last = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id) + 1)
         for part in whole:
@@ -159,13 +159,10 @@ def parse_decoding(text: str) -> dict:
 
 def check(text: str, options: dict, config):
     """ValueError for options of a decoding that are out of range for a model."""
-    V, beams, penalty = config.vocab_size, options.get("num_beams", 1), options.get("length_penalty", 1)
     try:
         check_sampling(config, torch.zeros(1, 1), max_new_tokens, options.get("temperature", 1.0),
                        options.get("top_k"), options.get("top_p"))
-        if not 1 <= beams <= V or not math.isfinite(penalty):
-            raise ValueError(f"num_beams must be in 1 … {V} (the vocabulary), length_penalty a number; "
-                             f"got {beams} and {penalty}")
+        check_beams(config, options.get("num_beams", 1), options.get("length_penalty", 1.0))
     except ValueError as e:
         raise ValueError(f"decoding {text!r}: {e}") from None
 

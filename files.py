@@ -75,19 +75,18 @@ def read_pretrained(name, revision=None):
     """({GPTConfig's field: value}, {our tensor name: (shape in our layout, function that reads it)})
     of a hub name, a Hugging Face or a run folder. ValueError in one line for anything unusable."""
     folder = local_folder(name)
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; give the folder that it lies in")
     if folder.is_dir():
         if (folder / "best" / "config.json").is_file():
             folder = folder / "best"
         elif (folder / "ckpt.pt").is_file():
             checkpoint = load_torch(folder / "ckpt.pt")
-            try:
-                if "model_args" in checkpoint:
-                    raise KeyError
-                return dict(checkpoint["config"]), {
-                    k: (v.shape, lambda v=v: v) for k, v in checkpoint["model"].items()}
-            except (KeyError, TypeError, ValueError, AttributeError):
+            config, state = checkpoint.get("config"), checkpoint.get("model")
+            if "model_args" in checkpoint or not isinstance(config, dict) or not isinstance(state, dict):
                 raise ValueError(f"{folder / 'ckpt.pt'} was not written by train.py; nanoGPT's goes "
-                                 "through convert.py --input=FILE") from None
+                                 "through convert.py --input=FILE")
+            return dict(config), named_tensors(folder / "ckpt.pt", state)
 
         def find(file):
             return folder / file if (folder / file).is_file() else None
@@ -107,24 +106,22 @@ def read_pretrained(name, revision=None):
         raise ValueError(f"{name} holds no config.json and no ckpt.pt: not a model folder")
     config = config_from_hf(read_json(path), path)
     tensors = {}
-    if (path := find("model.safetensors")) is not None:
-        open_safetensors(path, tensors)
-    elif (path := find("model.safetensors.index.json")) is not None:
-        index = read_json(path).get("weight_map")
-        if not isinstance(index, dict):
-            raise ValueError(f"{path} has no weight_map")
-        for file in sorted(set(map(str, index.values()))):
-            if Path(file).name != file:
-                raise ValueError(f"{path} names {file!r}, outside its folder")
-            if (path := find(file)) is None:
-                raise ValueError(f"{name} lacks {file}, which its index names")
-            open_safetensors(path, tensors)
-    elif (path := find("pytorch_model.bin")) is not None:
-        for key, tensor in load_torch(path).items():
-            if not hasattr(tensor, "shape"):
-                raise ValueError(
-                    f"{path}: {key} is {type(tensor).__name__}, expected a tensor")
-            tensors[key] = (tensor.shape, lambda tensor=tensor: tensor)
+    for whole, read in (("model.safetensors", open_safetensors),
+                        ("pytorch_model.bin", lambda path: named_tensors(path, load_torch(path)))):
+        if (path := find(whole)) is not None:
+            tensors = read(path)
+        elif (path := find(f"{whole}.index.json")) is not None:
+            index = read_json(path).get("weight_map")
+            if not isinstance(index, dict):
+                raise ValueError(f"{path} has no weight_map")
+            for file in sorted(set(map(str, index.values()))):
+                if Path(file).name != file:
+                    raise ValueError(f"{path} names {file!r}, outside its folder")
+                if (part := find(file)) is None:
+                    raise ValueError(f"{name} lacks {file}, which its index names")
+                tensors |= read(part)
+        if path is not None:
+            break
     else:
         raise ValueError(f"{name} holds no model.safetensors and no pytorch_model.bin")
 
@@ -182,13 +179,23 @@ def read_json(path) -> dict:
     return value
 
 
-def open_safetensors(path, tensors: dict):
+def named_tensors(path, state: dict) -> dict:
+    """{name: (shape, function that reads it)} of a state dict; ValueError for anything else in it."""
+    import torch
+    for key, tensor in state.items():
+        if not isinstance(key, str) or getattr(tensor, "layout", None) is not torch.strided:
+            raise ValueError(f"{path}: {key!r} is {type(tensor).__name__}, expected names and dense "
+                             "tensors")
+    return {key: (tensor.shape, lambda tensor=tensor: tensor) for key, tensor in state.items()}
+
+
+def open_safetensors(path) -> dict:
+    """{name: (shape, function that reads it)} of a safetensors file, which is mapped, not read."""
     from safetensors import SafetensorError, safe_open
     try:
-        file = safe_open(path, framework="pt")  # mapped, not read
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            shape = tuple(file.get_slice(key).get_shape())
-            tensors[key] = (shape, lambda key=key: file.get_tensor(key))
+        file = safe_open(path, framework="pt")
+        return {key: (tuple(file.get_slice(key).get_shape()), lambda key=key: file.get_tensor(key))
+                for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as e:
         raise ValueError(f"{path} is damaged or not safetensors: {e}") from None
 

@@ -40,8 +40,10 @@ def add_lora(model, rank: int, alpha: float, dropout: float = 0.0, targets=TARGE
     """Freezes a GPT and puts trainable adapters on those linear layers of its blocks whose names
     end in one of the targets, in place. To be called before DDP, torch.compile and the optimizer.
     ValueError for a target that matches none."""
-    if type(rank) is not int or rank < 1 or not 0 <= dropout < 1:
-        raise ValueError(f"rank must be 1 or more, dropout in [0, 1); got {rank!r}, {dropout!r}")
+    if (type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf
+            or type(dropout) not in (int, float) or not 0 <= dropout < 1):
+        raise ValueError("rank must be 1 or more, alpha above 0, dropout in [0, 1); got "
+                         f"{rank!r}, {alpha!r}, {dropout!r}")
     linears = {f".{name}": module for name, module in model.named_modules()
                if type(module) is Linear and name != "lm_head"}
     for target in targets or [""]:
@@ -127,13 +129,16 @@ def save_adapter(model, folder, base_name: str):
 def load_adapter(model, folder):
     """Puts the adapters that `save_adapter` or PEFT wrote on a GPT, in place. ValueError for those
     of another base, with the shapes, and for kinds that we would not compute."""
-    config, found = read_json(Path(folder) / "adapter_config.json"), {}
-    known = {"peft_type": ["LORA"], "use_rslora": [False], "alpha_pattern": [{}, None],
-             "init_lora_weights": [True, False, "gaussian"]}  # others change the base
+    config = read_json(Path(folder) / "adapter_config.json")
+    known = {"peft_type": ["LORA"], "bias": ["none"],
+             "init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # others change the base
+    known |= {key: [None, False, {}, []] for key in (
+        "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save",
+        "trainable_token_indices", "alora_invocation_tokens")}
     for key, fits in known.items():
         if config.get(key, fits[0]) not in fits:
             raise ValueError(f"{folder}: {key}={config[key]!r} is not supported, only {fits[0]!r}")
-    open_safetensors(Path(folder) / "adapter_model.safetensors", found)
+    found = open_safetensors(Path(folder) / "adapter_model.safetensors")
     names = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in found}
     add_lora(model, config.get("r", 8), config.get("lora_alpha", 8),
              config.get("lora_dropout", 0.0), sorted(names))
@@ -145,4 +150,7 @@ def load_adapter(model, folder):
             raise ValueError(f"{folder} is an adapter for another base: {key} has shape {shape}, "
                              f"this model needs {want}")
     for key, parameter in ours.items():
-        parameter.copy_(found[key][1]())
+        tensor = found[key][1]()
+        if not tensor.is_floating_point():
+            raise ValueError(f"{folder}: {key} is {tensor.dtype}, not a floating-point tensor")
+        parameter.copy_(tensor)

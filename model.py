@@ -246,9 +246,11 @@ class GPT(nn.Module):
         if chunked:
             return None, LinearCrossEntropy.apply(x, head.weight, targets, tied)
         if eager or not torch.is_grad_enabled():
-            return None, F.cross_entropy(self.logits(x), targets)
-        logits = F.linear(x, F.pad(head.weight, (0, 0, 0, -V % 64)))[:, :V]
-        return None, F.cross_entropy(logits, targets)  # of whole tiles; the slice is fused away
+            logits = self.logits(x)
+        else:  # of whole tiles; the slice is fused away
+            logits = F.linear(x, F.pad(head.weight, (0, 0, 0, -V % 64)))[:, :V]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return None, F.cross_entropy(logits.to(wide), targets)
 
     def next_logits(self, idx, attention_mask, cache: KVCache):
         """Logits (B, V) of the token that follows; the arguments are those of `hidden`."""
@@ -280,7 +282,7 @@ class GPT(nn.Module):
         Past block_size the window moves: its older half is dropped and the cache rebuilt.
         """
         check_sampling(self.config, idx, max_new_tokens, temperature, top_k, top_p)
-        stop = None if eos_id is None else torch.tensor(eos_id, device=idx.device).view(-1)
+        stop = None if eos_id in (None, []) else torch.tensor(eos_id, device=idx.device).view(-1)
         B, n = idx.size(0), max_new_tokens
         if temperature > 0:  # all of a row's random numbers now: one uniform a token
             seed = torch.randint(2**62, (1,), generator=generator,
@@ -405,8 +407,8 @@ def check_sampling(config, idx, max_new_tokens, temperature, top_k, top_p):
     """ValueError, with the range, for a sampling setting out of it."""
     if idx.ndim != 2 or not idx.numel():
         raise ValueError(f"a prompt must be (B, T) with T >= 1, got shape {tuple(idx.shape)}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 1 <= max_new_tokens <= 2**24:
+        raise ValueError(f"max_new_tokens must be in 1 … {2**24}, got {max_new_tokens}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
     if top_k is not None and not 1 <= top_k <= config.vocab_size:
@@ -419,7 +421,7 @@ def draw(logits, u, temperature: float, top_k: int | None, top_p: float | None):
     """Tokens (B,) for logits (B, V) and uniform numbers u (B, 1), by inverting the distribution."""
     logits = logits.float()
     logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature is greedy, not an overflow
-    probs, ids = (logits / temperature).softmax(-1), None
+    probs, ids = (logits / max(temperature, 1e-30)).softmax(-1), None
     if top_k is not None or top_p is not None and top_p < 1:
         # exactly k of them, largest first: equal logits at the k-th place do not widen the choice
         probs, ids = probs.topk(top_k or probs.size(-1))

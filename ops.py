@@ -72,13 +72,14 @@ def recomputed(make, x, use, width, *args):
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets) of x (N, C) and weight (V, C), for a CPU, where the
     (N, V) logits, their softmax and gradient are most of the memory and none of the work: 256 rows
-    at a time, the gradient along with the loss. Under autocast the products have its dtype. It can
-    be run backward once."""
+    at a time, the gradient along with the loss, both summed in float32 at least. Under autocast the
+    products have its dtype. It can be run backward once, and its gradient not be derived."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, tied=None):
         real = targets != -100
-        count, loss = real.sum().clamp(min=1), x.new_zeros(())
+        wide = torch.promote_types(x.dtype, torch.float32)
+        count, loss = real.sum().clamp(min=1), x.new_zeros((), dtype=wide)
         low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         rows, matrix = x.to(low), weight.to(low)
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
@@ -89,8 +90,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             row, own = rows[i:i + 256], real[i:i + 256]
             for part in parts:
                 logits[:len(row), part] = linear(row, matrix[part])
-            p = logits[:len(row)].to(x.dtype)
-            at = targets[i:i + 256].clamp(min=0)[:, None]
+            p = logits[:len(row)].to(wide)
+            at = targets[i:i + 256].where(own, 0)[:, None]
             p -= p.amax(1, keepdim=True)
             logit = p.gather(1, at)
             total = p.exp_().sum(1, keepdim=True)
@@ -108,6 +109,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
+        if torch.is_grad_enabled():  # create_graph: the second derivative would be silently wrong
+            raise RuntimeError("this loss can be derived once; for more, F.cross_entropy of the logits")
+        if ctx.gradients is None:
+            raise RuntimeError("this loss has been run backward before; compute it again")
         (dx, dw), ctx.gradients = ctx.gradients, None
         for gradient in (dx, dw):
             if gradient is not None and scale != 1:

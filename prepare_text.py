@@ -7,6 +7,7 @@
 
 import math
 import re
+import shlex
 from itertools import chain, islice
 
 from configurator import run
@@ -15,8 +16,8 @@ from files import write_text
 from tokenizer import char_tokenizer, fetch_wheel, open_tokenizer
 
 name = "shakespeare"  # data/NAME is written; or a path with a slash in it
-input: list = []  # files or globs: .txt, .jsonl (a `text` field), either as .gz or .xz, .parquet
-val_input: list = []  # the same, for validation; without it a part of the input is held out
+input: list[str] = []  # files or globs: .txt, .jsonl (a `text` field), either as .gz or .xz, .parquet
+val_input: list[str] = []  # the same, for validation; without it a part of the input is held out
 val_fraction = 0.1  # held out evenly over the documents; under 1 / val_fraction of them, the end of each
 tokenizer = "char"  # char, bytes, gpt2, or a trained tokenizer's file
 lowercase = False  # lower-cased, words and punctuation apart, as CS224n's texts (data.normalize)
@@ -69,22 +70,18 @@ def held_out(texts, fraction: float, val: bool):
 
 
 def main():
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    if not 1e-9 < val_fraction < 1:
+        raise ValueError(f"val_fraction must be in 1e-9 … 1, got {val_fraction}")
     if input and name == "shakespeare":
         raise ValueError("--input needs a --name of its own: data/shakespeare is for the plays")
     if save_text and input:
         raise ValueError("save_text is for the plays' text, which --input replaces")
-    if input:
-        def read():
-            return documents(input)
-    else:
-        text = shakespeare()
-        if save_text:
-            write_text(save_text, text)
+    plays = "" if input else shakespeare()
+    if save_text:
+        write_text(save_text, plays)
 
-        def read():
-            return [normalize(text) if lowercase else text]
+    def read():
+        return documents(input) if input else [normalize(plays) if lowercase else plays]
     if tokenizer == "char":
         alphabet = set()
         for text in chain(read(), documents(val_input)):
@@ -100,7 +97,7 @@ def main():
     meta = write_data(name, tok, splits)
     print(f"{tok.name} tokens, vocabulary of {tok.vocab_size:,}\n{describe(meta)}")
     print("next: python train.py " + ("config/quickstart.py" if name == "shakespeare" else
-                                      f"--dataset={name}, with sizes to go with it: config/"))
+                                      f"--dataset={shlex.quote(name)}, with sizes to go with it: config/"))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     python prepare_tinystories.py --train_input=TinyStories-train.txt --val_input=TinyStories-valid.txt
 """
 
+import shlex
 from itertools import islice
 
 import ftfy
@@ -14,8 +15,8 @@ from data import describe, find_files, read_documents, write_data
 from tokenizer import open_tokenizer
 
 name = "tinystories"  # data/NAME is written; or a path with a slash in it
-train_input: list = []  # local files or globs instead of the hub's: .txt, .jsonl[.gz|.xz], .parquet
-val_input: list = []  # the same, for validation
+train_input: list[str] = []  # local files or globs instead of the hub's: .txt, .jsonl[.gz|.xz], .parquet
+val_input: list[str] = []  # the same, for validation
 tokenizer = "gpt2"  # gpt2, bytes, or a trained tokenizer's file
 limit: int | None = None  # stories of each split; None: all
 separator = "<|endoftext|>"  # between the stories of a .txt file
@@ -49,6 +50,8 @@ def stories(texts, counts: dict):
 def main():
     if bool(train_input) != bool(val_input):
         raise ValueError("give both --train_input and --val_input, or neither for the hub's")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
     counts = {"empty": 0, "repaired": 0}
     splits = {}
     for split, patterns, hub_split in (("train", train_input, "train"),
@@ -61,7 +64,7 @@ def main():
     print(describe(meta))
     print(f"{counts['empty']:,} empty stories dropped, {counts['repaired']:,} with broken quotation "
           f"marks repaired\nnext: python train.py config/"
-          f"{'tinystories' if tokenizer == 'gpt2' else 'tinystories_cpu'}.py --dataset={name}")
+          f"{'tinystories' if tokenizer == 'gpt2' else 'tinystories_cpu'}.py --dataset={shlex.quote(name)}")
 
 
 if __name__ == "__main__":

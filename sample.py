@@ -7,6 +7,7 @@
     python sample.py --init_from=out/finetune_instruct --instruct "Name three colours."
 """
 
+import sys
 import time
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def main():
         number = 1
     if not interactive:
         return
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text are answered, and asked again
+        sys.stdin.reconfigure(errors="surrogateescape")
     print("type an instruction, then Enter; Ctrl-D ends" if template else
           "type a prompt, then Enter; an empty line writes a fresh document, Ctrl-D ends")
     while True:

@@ -75,6 +75,16 @@ def test_weights_of_a_run_on_part_of_the_validation_split(tmp_path):
     assert 0 < size - 2 * model.num_params() < 4000
     card = (tmp_path / "weights" / "README.md").read_text()
     assert "loss 1.5000, perplexity 4.482; on the first 3,000 tokens; before rounding to float16" in card
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('{"step": 12, "val_loss": 2.5, "val_ppl": 12.1825}\n')
+    state = {"step": 12, "model": model.state_dict(), "config": vars(model.config)}
+    torch.save(torch.load(run / "ckpt.pt") | state | {"tokenizer": tok.to_json()}, run / "ckpt.pt")
+    for best, told in ((True, "this is step 9, the best"), (False, "loss 2.5000")):
+        if not best:
+            (run / "best").rename(run / "elsewhere")
+        run_convert(f"--input={run}", f"--out={tmp_path}/again{best}")
+        text = (tmp_path / f"again{best}" / "README.md").read_text()
+        assert told in text and ("loss 1.5000" in text) == best
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "weights").float().eval()
     assert hf.lm_head.weight is hf.transformer.wte.weight
     x, half = ids(), load_model(tmp_path / "weights", dtype=torch.float32)[0]

@@ -6,11 +6,14 @@ import json
 import lzma
 import math
 import os
+import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import data
 from data import Data, Split, WindowOrder, find_files, read_documents, write_data
 from files import replacing
 from tokenizer import char_tokenizer, open_tokenizer
@@ -98,6 +101,36 @@ def test_an_interrupted_prepare_leaves_the_old_data(tmp_path):
         write(tmp_path, train=broken(), val=STORIES)
     assert Data(name, verify=True).train.tokens == tokens
     assert not list(Data(name).folder.glob("*.part"))
+
+
+def test_a_full_disk_leaves_the_old_data_and_what_is_not_its_own(tmp_path, monkeypatch):
+    name = write(tmp_path)
+    tokens, folder = Data(name).train.tokens, Data(name).folder
+    for own in ("notes.tmp", "x.part"):
+        (folder / own).write_text("mine")
+    for file in ("tokenizer.json.part", "meta.json.part"):
+        def full(path, text, file=file):
+            if Path(path).name == file:
+                raise OSError(28, "No space left on device", str(path))
+            Path(path).write_text(text)
+        with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
+            m.setattr(data, "write_text", full)
+            write(tmp_path, train=STORIES[:1], val=STORIES)
+        assert Data(name, verify=True).train.tokens == tokens
+        assert [f.name for f in folder.glob("*.part")] == ["x.part"]
+    write(tmp_path, train=STORIES[:1], val=STORIES)
+    assert (folder / "notes.tmp").read_text() == (folder / "x.part").read_text() == "mine"
+
+
+def test_a_models_tokenizer_is_not_replaced(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="give another --name"):
+        write(tmp_path)
+    assert [f.name for f in (tmp_path / "set").iterdir()] == ["tokenizer.json"]
+    for name in ("", ".", ".."):
+        with pytest.raises(ValueError, match="does not name a data set"):
+            Data(name)
 
 
 def test_two_prepares_at_once(tmp_path):
@@ -230,6 +263,11 @@ def test_documents_of_every_format(tmp_path):
     pq.write_table(pa.table({"text": STORIES}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.parquet"):
         assert list(read_documents(tmp_path / name)) == STORIES, name
+    shutil.copy(tmp_path / "a.jsonl.gz", tmp_path / "B.JSONL.GZ")
+    assert list(read_documents(tmp_path / "B.JSONL.GZ")) == STORIES
+    pq.write_table(pa.table({"text": [*STORIES, None]}), tmp_path / "null.parquet")
+    with pytest.raises(ValueError, match=f"null.parquet, row {len(STORIES) + 1}: 'text' is NoneType"):
+        list(read_documents(tmp_path / "null.parquet"))
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(STORIES), encoding="utf-8")
     assert list(read_documents(tmp_path / "a.txt", "<|endoftext|>")) == STORIES
     assert list(read_documents(tmp_path / "a.txt")) == ["<|endoftext|>".join(STORIES)]
@@ -248,7 +286,11 @@ def test_documents_of_every_format(tmp_path):
     ("a.jsonl", b'{"text": 3}\n', "'text' is int"), ("a.txt", b"caf\xe9", "not UTF-8 text: byte 0xe9"),
     ("a.jsonl.gz", b"no gzip", "damaged"), ("a.jsonl.xz", b"no xz", "damaged"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:40] + b"\xff" * 40, "damaged"),
-    ("a.parquet", b"no parquet", "damaged")])
+    ("a.parquet", b"no parquet", "damaged"), ("a.tar.gz", b"", "archive"), ("A.ZIP", b"", "archive"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "byte 0xff .* in line 2"),
+    ("a.jsonl", b'{"text": "x\\ud800"}\n', r"line 1: U\+D800 at position 1"),
+    ("a.jsonl", b"[" * 99999, "line 1: not JSON"),
+    ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1: not JSON")])
 def test_documents_that_cannot_be_read(tmp_path, name, content, word):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=word):

@@ -188,8 +188,12 @@ class Fixed:
 def test_beams_out_of_range():
     with pytest.raises(ValueError, match=r"1 … 97"):
         beam_search(tiny(), ids(), 5, num_beams=98)
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        beam_search(tiny(), ids(), 0, num_beams=2)
+    for n in (0, 10**12):
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            beam_search(tiny(), ids(), n, num_beams=2)
+    for penalty in (1000, float("nan")):
+        with pytest.raises(ValueError, match="length_penalty"):
+            beam_search(tiny(), ids(), 5, 2, penalty)
 
 
 def test_sample_script(tmp_path):

@@ -190,7 +190,12 @@ def test_adapters_that_do_not_fit(tmp_path):
             load_adapter(tiny(**other), tmp_path)
     for change, word in (({"use_rslora": True}, "use_rslora=True"), ({"peft_type": "IA3"}, "IA3"),
                          ({"init_lora_weights": "pissa"}, "pissa"), ({"r": 8}, r"needs \[8, 32\]"),
-                         ({"alpha_pattern": {"c_fc": 1}}, "alpha_pattern"), ({"r": "4"}, "rank")):
+                         ({"alpha_pattern": {"c_fc": 1}}, "alpha_pattern"), ({"r": "4"}, "rank"),
+                         ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias='all'"),
+                         ({"modules_to_save": ["wte"]}, "modules_to_save"),
+                         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+                         ({"rank_pattern": {"c_fc": 1}}, "rank_pattern"),
+                         ({"lora_alpha": "4"}, "alpha"), ({"lora_dropout": None}, "dropout")):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=word):
             load_adapter(tiny(), tmp_path)
@@ -198,6 +203,7 @@ def test_adapters_that_do_not_fit(tmp_path):
     first = min(tensors)
     for change, word in (({first: None}, "shape none"),
                          ({"base_model.model.x.lora_A.weight": torch.ones(2)}, "'x'"),
+                         ({first: tensors[first].int()}, "not a floating-point"),
                          ({first.replace("lora_A", "lora_x"): torch.ones(2)}, "needs none")):
         changed = {k: v for k, v in (tensors | change).items() if v is not None}
         save_file(changed, tmp_path / "adapter_model.safetensors")

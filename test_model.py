@@ -185,6 +185,30 @@ def test_chunked_cross_entropy_is_cross_entropy(rows, frozen):
         assert (a - b).abs().max() < 1e-12
 
 
+def test_chunked_cross_entropy_of_half_precision_and_what_it_cannot_do():
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 24, dtype=torch.bfloat16) for n in (5000, 33))
+    targets = torch.randint(33, (5000,))
+    loss = LinearCrossEntropy.apply(x.requires_grad_(), weight, targets)
+    exact = F.cross_entropy(x.double() @ weight.double().T, targets)
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 1e-2
+    assert torch.autograd.grad(loss, x, retain_graph=True)[0].dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="compute it again"):
+        loss.backward()
+    loss = LinearCrossEntropy.apply(x, weight, targets)
+    with pytest.raises(RuntimeError, match="derived once"):
+        torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        LinearCrossEntropy.apply(x, weight, targets - 1)
+
+
+def test_the_loss_of_a_half_precision_model_is_float32s():
+    for dtype in (torch.bfloat16, torch.float16):
+        model, x = tiny().to(dtype), ids(8, 40)
+        exact = F.cross_entropy(model(x[:, :-1])[0].double().flatten(0, 1), x[:, 1:].flatten())
+        assert abs(model(x[:, :-1], x[:, 1:])[1] - exact) < 1e-4
+
+
 def test_loss_of_a_large_vocabulary_takes_the_chunked_way(monkeypatch):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)).double()
@@ -410,6 +434,12 @@ def test_transformers_folder_in_other_layouts(tmp_path):
     assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
     hf.save_pretrained(tmp_path / "bin")
     (tmp_path / "bin" / "model.safetensors").unlink()
+    shutil.copytree(tmp_path / "bin", tmp_path / "bins")
+    parts = {f"pytorch_model-{i}.bin": [*hf.state_dict()][i::2] for i in range(2)}
+    for file, names in parts.items():
+        torch.save({name: hf.state_dict()[name] for name in names}, tmp_path / "bins" / file)
+    (tmp_path / "bins" / "pytorch_model.bin.index.json").write_text(json.dumps(
+        {"weight_map": {name: file for file, names in parts.items() for name in names}}))
     torch.save(hf.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     shutil.copytree(tmp_path / "bin", tmp_path / "old")
     torch.save(hf.state_dict(), tmp_path / "old" / "pytorch_model.bin",
@@ -424,7 +454,7 @@ def test_transformers_folder_in_other_layouts(tmp_path):
         old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
         old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(old, tmp_path / "bare" / "model.safetensors", {"format": "pt"})
-    for layout in ("sharded", "bin", "old", "bare"):
+    for layout in ("sharded", "bin", "bins", "old", "bare"):
         model = GPT.from_pretrained(tmp_path / layout)
         assert (model(x)[0] - logits).abs().max() < 1e-10, layout
     assert GPT.from_pretrained(tmp_path / "bin", dtype=torch.float32)(x)[0].dtype == torch.float32
@@ -518,6 +548,12 @@ def test_damaged_and_hostile_files(tmp_path):
     torch.save(torch.ones(2), tmp_path / "cut" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="expected a dict"):
         GPT.from_pretrained(tmp_path / "cut")
+    for state in ({1: torch.ones(2)}, {"wte.weight": torch.eye(2).to_sparse()}, {"wte.weight": 3}):
+        torch.save(state, tmp_path / "cut" / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="expected names and dense tensors"):
+            GPT.from_pretrained(tmp_path / "cut")
+    with pytest.raises(ValueError, match="is a file; give the folder"):
+        GPT.from_pretrained(tmp_path / "cut" / "pytorch_model.bin")
     torch.save({"step": 1}, tmp_path / "empty" / "ckpt.pt")
     with pytest.raises(ValueError, match=r"not written by train\.py"):
         GPT.from_pretrained(tmp_path / "empty")

@@ -320,6 +320,11 @@ def test_files_that_are_none(trained, tmp_path):
         with pytest.raises(ValueError) as e:
             open_tokenizer(tmp_path)
         assert str(path) in str(e.value) and "\n" not in str(e.value)
+    path.unlink()
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "vocab.json").write_text("[" * 99999)
+    with pytest.raises(ValueError, match=r"merges\.txt: .*recursion"):
+        open_tokenizer(tmp_path)
     for name in ("gpt-2", tmp_path / "none", "char"):
         with pytest.raises(ValueError, match="expected gpt2, bytes, a tokenizer.json file, or"):
             open_tokenizer(name)
@@ -503,6 +508,20 @@ def test_too_little_text():
             train_bpe(empty, 257)
     with pytest.raises(ValueError, match="there twice"):
         train_bpe(["abc"], 260, ["ab"])
+    for special in (["<|a|>", "<|a|>"], ["<|endoftext|>"]):
+        with pytest.raises(ValueError, match="is given twice"):
+            train_bpe(["abc"], 300, special)
+
+
+def test_white_space_past_the_patterns_stack(kinds):
+    text = "a" + " " * 3_000_000 + "b"
+    with pytest.raises(ValueError, match="3,000,000 characters of white space in a row"):
+        kinds["trained"].encode(text)
+
+
+def test_weights_are_found_beside_the_scripts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_tokenizer("weights/tokenizer.json").vocab_size == open_tokenizer("weights").vocab_size
 
 
 # ---- the command line ----

@@ -15,6 +15,8 @@ import io
 import json
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import find_files, normalize, read_documents
-from files import replacing
+from files import HERE, write_text
 
 input: list[str] = []  # train: text files, .txt or .jsonl[.gz|.xz] with a `text` field, or .parquet
 vocab_size = 4096  # train: ids in all, special tokens included, 257 to 65536
@@ -126,7 +128,14 @@ class Tokenizer:
                     raise ValueError(f"character {text[at]!r} (U+{codes[at]:04X}) at position {at}"
                                      f" is not in the alphabet of {(self.table >= 0).sum()}")
             else:
-                ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+                try:
+                    ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+                except UnicodeEncodeError:
+                    raise
+                except ValueError:  # of its pattern's stack
+                    space = max(re.findall(r"\s+", text), key=len)
+                    raise ValueError(f"{len(space):,} characters of white space in a row, which GPT-2's "
+                                     "pattern cannot be matched with; shorten them") from None
                 ids = ids if self.id_of_rank is None else self.id_of_rank[ids]
         except UnicodeEncodeError as e:
             raise _surrogate(e) from None
@@ -170,7 +179,7 @@ class Tokenizer:
         if self.name not in ("char", "bytes"):
             files |= {"vocab.json": json.dumps(self.ids), "merges.txt": self._merges_txt()}
         for name, text in files.items():
-            _write(Path(folder) / name, text)
+            write_text(Path(folder) / name, text)
 
     def _merges_txt(self):
         return "\n".join(["#version: 0.2", *self.merges, ""])
@@ -189,6 +198,8 @@ def open_tokenizer(name) -> Tokenizer:
         return Tokenizer("bytes", {c: b for c, b in zip(CHARS, BYTE_ORDER) if b < 255}
                          | {EOT: 255}, special=[EOT])
     path = Path(name)
+    if not path.exists() and path.parts[:1] in (("data",), ("weights",)):
+        path = HERE / name
     if path.is_dir():
         found = [path / f for f in ("tokenizer.json", "best/tokenizer.json", "merges.txt",
                                      "vocab.bpe")]
@@ -208,7 +219,7 @@ def open_tokenizer(name) -> Tokenizer:
             result = _from_merges(text, dict(json.loads(vocab.read_text("utf-8"))))
         else:
             result = _from_merges(text)
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: {e}") from None
     if result.name == "gpt2":
         _keep(result._merges_txt())
@@ -325,7 +336,7 @@ def _gpt2_vocab_bpe():
 
 
 def _caches():
-    return [Path(__file__).resolve().parent / "data" / ".cache" / "vocab.bpe",
+    return [HERE / "data" / ".cache" / "vocab.bpe",
             Path(os.path.expanduser("~/.cache/talegpt/vocab.bpe"))]
 
 
@@ -333,15 +344,10 @@ def _keep(vocab_bpe):
     for path in _caches():
         try:
             if not path.is_file() or _sha256(path.read_bytes()) != VOCAB_BPE_SHA256:
-                _write(path, vocab_bpe)
+                write_text(path, vocab_bpe)
             return
         except OSError:  # not writable: the next one
             pass
-
-
-def _write(path, text):
-    with replacing(path) as part:
-        part.write_bytes(text.encode())
 
 
 def _sha256(data):
@@ -412,6 +418,8 @@ def train_bpe(documents, vocab_size: int, special_tokens=()) -> Tokenizer:
     the special tokens, or one that the texts are too few for.
     """
     special = [EOT, *special_tokens]
+    if twice := [token for token in special if special.count(token) > 1]:
+        raise ValueError(f"the special token {twice[0]!r} is given twice, or is always there")
     least = 256 + len(special)
     if not least <= vocab_size <= 65536:
         raise ValueError(f"vocab_size {vocab_size}: expected {least} (the bytes and {len(special)} "
@@ -434,7 +442,8 @@ def count_pieces(documents) -> Counter:
     """How often each piece that PATTERN cuts occurs in the texts, counted on all cores."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pieces, running = Counter(), deque()
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=signal.signal,
+                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         for batch in _batches(documents):
             running.append(pool.submit(_count, batch))
             if len(running) > 2 * workers:  # so that reading does not run ahead
@@ -541,7 +550,7 @@ def main(command, *words):
         trained = train_bpe(tqdm(texts, unit=" documents", disable=None), vocab_size,
                             special_tokens)
         if out.endswith(".json"):
-            _write(Path(out), trained.to_json())
+            write_text(out, trained.to_json())
         else:
             trained.save(out)
         print(f"{out}: {trained.vocab_size:,} ids, {len(trained.merges):,} merges, "
