@@ -160,6 +160,13 @@ def prepare(model: GPT, quantize: str | None = None, compile: bool = False) -> G
     return model.eval()
 
 
+def left_padded(prompts: list[list[int]], device):
+    """(ids, attention mask), both (B, T), of prompts of unequal length, for `generate`."""
+    T = max(map(len, prompts))
+    idx = torch.tensor([[-1] * (T - len(prompt)) + prompt for prompt in prompts], device=device)
+    return idx.clamp(min=0), (idx >= 0).long()
+
+
 def stream_text(model: GPT, tokenizer, idx, *args, **options):
     """Yields (text, tokens so far) of `model.stream` for one prompt idx (1, T), as it comes; bytes
     that are not yet a whole character wait. The stop token is not part of the text."""

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common import Device, command_line, load_model, newest_run
 from configurator import run
 from data import Data, ngrams, words
-from decode import beam_search, check_beams, prepare
+from decode import beam_search, check_beams, left_padded, prepare
 from files import replacing, write_text
 from model import check_sampling
 
@@ -174,18 +174,14 @@ def decode_all(model, prompts: list[list[int]], options: dict, eos_id: int, bar)
         groups[len(prompt) if "num_beams" in options else 0].append(i)
     for group in groups.values():
         for rows in (group[i:i + batch_size] for i in range(0, len(group), batch_size)):
-            T = max(len(prompts[i]) for i in rows)
-            idx = torch.tensor([[eos_id] * (T - len(prompts[i])) + prompts[i] for i in rows])
-            mask = torch.tensor([[0] * (T - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-            where = model.transformer.wte.weight.device
-            idx, mask = idx.to(where), mask.to(where)
+            idx, mask = left_padded([prompts[i] for i in rows], model.transformer.wte.weight.device)
             if "num_beams" in options:
                 ids = beam_search(model, idx, max_new_tokens, eos_id=eos_id, **options)[0]
             else:
                 generator = torch.Generator().manual_seed(seed + rows[0])
                 ids = model.generate(idx, max_new_tokens, eos_id=eos_id, generator=generator,
                                      attention_mask=None if mask.all() else mask, **options)
-            for i, new in zip(rows, ids[:, T:].tolist()):
+            for i, new in zip(rows, ids[:, idx.size(1):].tolist()):
                 made[i] = new[:new.index(eos_id) + 1] if eos_id in new else new
             bar.update(len(rows))
     return made

@@ -47,6 +47,7 @@ from common import (
 )
 from configurator import run
 from data import digest, fill_template, read_table
+from decode import left_padded
 from files import load_torch, local_folder, write_text
 from lora import merge, save_adapter, set_trainable, unmerge
 from model import GPT, GPTConfig
@@ -271,11 +272,9 @@ def answers(gpt: GPT, tokenizer, prompts) -> list[str]:
     """Greedy answers to prompts (lists of ids), in left-padded batches with the KV cache."""
     texts, order = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for chunk in (order[start:start + 32] for start in range(0, len(order), 32)):
-        T = len(prompts[chunk[-1]])
-        idx = torch.tensor([[-1] * (T - len(prompts[i])) + prompts[i] for i in chunk])
-        idx = idx.to(gpt.transformer.wte.weight.device)
-        new = gpt.generate(idx.clamp(min=0), max_new_tokens, temperature=0.0,
-                           eos_id=tokenizer.eos_id, attention_mask=(idx >= 0).long())[:, T:]
+        idx, mask = left_padded([prompts[i] for i in chunk], gpt.transformer.wte.weight.device)
+        new = gpt.generate(idx, max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id,
+                           attention_mask=mask)[:, idx.size(1):]
         for i, ids in zip(chunk, new.tolist()):
             end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
             texts[i] = tokenizer.decode(ids[:end]).strip()

@@ -37,7 +37,7 @@ from common import (
 )
 from configurator import run
 from data import ngrams, words
-from decode import beam_search, prepare
+from decode import beam_search, left_padded, prepare
 from files import write_text
 from lora import merge, set_trainable, unmerge
 from model import GPT, GPTConfig, check_sampling
@@ -177,19 +177,17 @@ def continue_rows(model: GPT, tok, rows, generator, temperature=1.0, top_p=None,
                   num_beams=1) -> list[list[int]]:
     """The ids that the model adds to each prompt (a list of ids), `cut` where a sonnet ends. All
     are one left-padded batch, but for beam search, which takes no padding: poem by poem."""
-    where, T = model.transformer.wte.weight.device, max(map(len, rows))
-    n = min(max_new_tokens, model.config.block_size - T)
+    idx, mask = left_padded(rows, model.transformer.wte.weight.device)
+    n = min(max_new_tokens, model.config.block_size - idx.size(1))
     breaks = [token.count(b"\n") for token in tok.tokens]
     begun = [sum(breaks[i] for i in row) for row in rows]
     if num_beams > 1:
-        new = [beam_search(model, torch.tensor([row], device=where), n, num_beams,
+        new = [beam_search(model, torch.tensor([row], device=idx.device), n, num_beams,
                            eos_id=tok.eos_id)[0][0, len(row):].tolist() for row in rows]
     else:
-        idx = torch.tensor([[-1] * (T - len(row)) + row for row in rows], device=where)
-        lines, per_id = torch.tensor(begun, device=where), torch.tensor(breaks, device=where)
+        lines, per_id = (torch.tensor(counts, device=idx.device) for counts in (begun, breaks))
         done, steps = torch.zeros_like(lines, dtype=torch.bool), []
-        for token in model.stream(idx.clamp(min=0), n, temperature, top_k, top_p, tok.eos_id,
-                                  generator, (idx >= 0).long()):
+        for token in model.stream(idx, n, temperature, top_k, top_p, tok.eos_id, generator, mask):
             steps.append(token)
             lines += per_id[token]
             done |= (token == tok.eos_id) | (lines >= LINES)
