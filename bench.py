@@ -369,7 +369,7 @@ def train_step():
               f"{'backward':>9}{'update':>9}{'x ours':>8}")
         speed = {}
         for who in names:
-            runs = [run for run in found[who, kind]]
+            runs = found[who, kind]
             parts = [statistics.median(column) for column in zip(
                 *(step for run in runs for step in run["parts"]))]
             total = statistics.median(sum(step) for run in runs for step in run["parts"])

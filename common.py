@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from files import (
     hub_file,
@@ -98,6 +99,12 @@ class Device:
             return nullcontext()
         return torch.autocast(self.type, self.dtype)
 
+    def parallel(self, model):
+        """The model, in DDP where there are several ranks."""
+        if self.world == 1:
+            return model
+        return DDP(model, device_ids=[self.device] if self.type == "cuda" else None)
+
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.type == "cuda" else self.type
 
@@ -161,8 +168,10 @@ def read_settings(script: dict, least: dict, choices: dict | None = None) -> dic
     value or none of its choices."""
     settings = {k: v for k, v in script.items() if not k.startswith("_") and k.islower()
                 and isinstance(v, (int, float, str, list, type(None)))}
-    if settings["seed"] >= 2**62:
-        raise ValueError(f"seed must be less than 2**62, got {settings['seed']}")
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value) or (
+                isinstance(value, int) and value >= 2**62):
+            raise ValueError(f"{name} must be a number below 2**62, got {value}")
     for name, low in least.items():
         if settings[name] is not None and settings[name] < low:
             raise ValueError(f"{name} must be at least {low}, got {settings[name]}")
@@ -235,7 +244,7 @@ def micro_batches(total_batch_tokens: int | None, batch_size: int, block_size: i
 
 class StopSignal:
     """Turns the first Ctrl-C or SIGTERM into a flag that the loop asks at a step's end; a second
-    Ctrl-C interrupts at once."""
+    ends the script at once, as does the first one after `over`."""
 
     def __init__(self):
         self.received = None
@@ -244,7 +253,33 @@ class StopSignal:
 
     def _receive(self, number, frame):
         self.received = signal.Signals(number).name
+        self.over()
+
+    def over(self):
+        """Nothing asks the flag any more."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Skips:
+    """Counts the updates that `Device.update` left out, as their gradient was not finite."""
+
+    def __init__(self, env: Device, most: int = 10, total: int = 0):
+        self.total, self.in_a_row = total, 0
+        self.quiet = env.scaler.is_enabled()  # float16 finds its scale by skipping some
+        self.most = most + 20 * self.quiet
+
+    def see(self, norms: list, step: int, say, where=lambda number: "", then="lower --learning_rate"):
+        """The norms (tensors) of the latest updates, up to `step`: says which of them were skipped, and
+        where in the data; ValueError after `most` in a row."""
+        for number, norm in enumerate(torch.stack(norms).tolist(), step - len(norms) + 1):
+            self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
+            self.total += self.in_a_row > 0
+            if self.in_a_row and not self.quiet:
+                say(f"step {number}: the gradient is not finite, its update is skipped{where(number)}")
+            if self.in_a_row >= self.most:
+                raise ValueError(f"the gradient was not finite in {self.in_a_row} steps in a row, up to "
+                                 f"step {number}; {then}")
 
 
 # ---- a run's folder ----
@@ -265,6 +300,8 @@ def locked(folder: Path, env: Device):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            for tmp in [*folder.glob("*.[0-9]*.tmp"), *folder.glob("best/*.[0-9]*.tmp")]:
+                tmp.unlink()  # of a run that was killed
         except Timeout:
             fault = ValueError(f"another run is using {folder}; wait for it to end, or give another "
                                "--out_dir")
@@ -307,9 +344,10 @@ def save_checkpoint(path, checkpoint: dict, keep: int = 1, last_step: int | None
         old.unlink()
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of train.py whose every byte agrees with the CRC-32s in the file, which
-    torch.load does not ask; ValueError in one line for one that is damaged or of another kind."""
+def read_checkpoint(path: Path, fields: dict | None = None) -> dict:
+    """A checkpoint whose every byte agrees with the CRC-32s in the file, which torch.load does not
+    ask; ValueError in one line for one that is damaged, or has not the fields ({name: type}; None:
+    train.py's) of this script's."""
     try:
         with naming(path), zipfile.ZipFile(path) as file:
             damaged = file.testzip()
@@ -321,13 +359,22 @@ def read_checkpoint(path: Path) -> dict:
     if damaged:
         raise ValueError(f"{path} is damaged: {damaged!r} in it has another checksum")
     checkpoint = {"skipped": 0} | load_torch(path)
-    for name, kind in CHECKPOINT.items():
+    for name, kind in (fields or CHECKPOINT).items():
         value = checkpoint.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or kind is int and value < 0 or (
                 name == "elapsed_s" and not math.isfinite(value)):
-            raise ValueError(f"{path} was not written by train.py (its {name} is "
-                             f"{type(value).__name__}); convert.py reads nanoGPT's")
+            raise ValueError(f"{path} was not written by {'this script' if fields else 'train.py'} (its "
+                             f"{name} is {type(value).__name__}); convert.py reads nanoGPT's")
     return checkpoint
+
+
+def same_settings(path: Path, checkpoint: dict, settings: dict, fixed):
+    """ValueError where a checkpoint was made with another value of what a resumed run goes on with."""
+    for name in fixed:
+        was = checkpoint["settings"].get(name, settings[name])
+        if settings[name] != was:
+            raise ValueError(f"{path} was trained with {name}={was}, not {settings[name]}; give that, or "
+                             "another --out_dir")
 
 
 def newest_checkpoint(out_dir: Path):
@@ -359,7 +406,7 @@ def fitting(path):
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         what = (str(e).splitlines() or [""])[0][:200]
         raise ValueError(f"the parts of {path} do not fit each other ({what}): it is damaged, or "
-                         "was not written by train.py") from None
+                         "was written by another script") from None
 
 
 def restore(update, saved: dict):
@@ -382,13 +429,10 @@ def restore(update, saved: dict):
                 state[key] = torch.empty_like(like).copy_(state[key])
 
 
-def clear_up(out_dir: Path, checkpoint: Path | None):
-    """Removes what a killed run left half written, and puts newer checkpoints than the one that is
-    resumed, which are damaged, out of the way."""
-    for tmp in [*out_dir.glob("*.tmp"), *out_dir.glob("best/*.tmp")]:
-        tmp.unlink()
+def set_damaged_aside(out_dir: Path, checkpoint: Path):
+    """Renames checkpoints that are newer than the one that is resumed, which are damaged."""
     found = checkpoints(out_dir)
-    for path in found[:found.index(checkpoint)] if checkpoint else []:
+    for path in found[:found.index(checkpoint)]:
         os.replace(path, path.with_name(f"{path.name}.damaged"))
 
 
@@ -478,18 +522,23 @@ class Metrics:
 
 
 def set_aside(out_dir: Path):
-    """Moves the run that a folder holds into OUT/previous, in place of what that held. Killed in
-    between, it goes on where it was; the newest checkpoint moves in one step."""
-    # not *.tmp: those clear_up removes, as files
+    """Moves the run that a folder holds into OUT/previous, in place of what that held, unless that is
+    a whole run and this one is not. Killed in between, it goes on where it was; the newest checkpoint
+    moves in one step."""
     moving, previous = out_dir / "previous.part", out_dir / "previous"
-    found = checkpoints(out_dir)
-    # metrics.jsonl alone is a run stopped before it had anything; what OUT/previous holds is worth more
-    if not found and not moving.is_dir() and not any(
-            (out_dir / name).exists() for name in ("best", "results.json")):
-        return
+
+    def whole(folder):
+        return bool(checkpoints(folder)) or (folder / "results.json").exists()
+
+    if not moving.is_dir() and not whole(out_dir):  # stopped before its first checkpoint or result
+        if whole(previous):  # which is worth more
+            for name in ("best", "adapter"):
+                shutil.rmtree(out_dir / name, ignore_errors=True)
+        if not (out_dir / "best").exists():
+            return
     moving.mkdir(exist_ok=True)
-    for name in [*(path.name for path in reversed(found)), "metrics.jsonl", "loss.png", "best",
-                 "adapter", "answers.jsonl", "confusion.png", "predictions", *(
+    for name in [*(path.name for path in reversed(checkpoints(out_dir))), "metrics.jsonl", "loss.png",
+                 "best", "adapter", "answers.jsonl", "confusion.png", "predictions", *(
                      path.name for kind in ("predictions_*.csv", "generated_*.txt", "dev_*.txt")
                      for path in out_dir.glob(kind)), "results.json"]:
         if (out_dir / name).exists():

@@ -108,14 +108,15 @@ def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None
     except KeyboardInterrupt:
         print(f"{rank}interrupted", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":  # torch's, which this file does without
+    except (RuntimeError, MemoryError) as e:
+        gpu = type(e).__name__ == "OutOfMemoryError"  # torch's, which this file does without
+        if not gpu and not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
             raise
         tried = re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)
         less = (f"lower --batch_size={settings['batch_size']}" if "batch_size" in settings else
                 "ask for less at once")
-        print(f"{rank}error: the GPU has no room for this ({(tried or ['out of memory'])[0]}); {less}",
-              file=sys.stderr)
+        print(f"{rank}error: the {'GPU' if gpu else 'machine'} has no room for this "
+              f"({(tried or ['out of memory'])[0]}); {less}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError, ImportError) as e:
         *_, (frame, _) = traceback.walk_tb(e.__traceback__)

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (
     Device,
     Metrics,
+    Skips,
     StopSignal,
     keep_freed_memory,
     load_model,
@@ -100,8 +100,8 @@ device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
 
 LEAST = {"epochs": 0, "batch_size": 1, "accumulation": 1, "log_interval": 1, "seed": 0,
-         "learning_rate": 0, "weight_decay": 0, "grad_clip": 0,
-         "max_tokens": 1, "patience": 1}
+         "learning_rate": 0, "head_learning_rate": 0, "weight_decay": 0, "grad_clip": 0,
+         "max_tokens": 1, "patience": 1, "dev_fraction": 0}
 CHOICES = {"style": ("head", "cloze"), "keep": ("head", "tail")}
 EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
 
@@ -198,7 +198,8 @@ def class_numbers(split: dict, names: list[str]) -> np.ndarray | None:
     for row, name in zip(split["row"], split["label"]):
         if name not in number:
             raise ValueError(f"row {row} of {split['where']} has the label {name!r}, which is not "
-                             f"among the classes of training: {', '.join(names)}")
+                             f"among the classes of training: {', '.join(names)}"
+                             + "; of a rare class dev may get all: try another --seed" * (not dev_file))
     return np.array([number[name] for name in split["label"]])
 
 
@@ -301,6 +302,8 @@ def load(name: str) -> tuple:
     config, weight = read_json(file) if file.is_file() else {}, None
     if config.get("architectures") == ["GPT2ForSequenceClassification"]:
         fields, tensors = read_pretrained(file.parent)
+        if "transformer.score.weight" not in tensors:
+            raise ValueError(f"{file.parent} has no tensor score.weight, its linear layer")
         weight = tensors.pop("transformer.score.weight")[1]().float()
         gpt, tokenizer = GPT(GPTConfig(**fields | {"dropout": dropout})), open_tokenizer(file.parent)
         gpt.load_state_dict({key: read() for key, (_, read) in tensors.items()})
@@ -559,20 +562,20 @@ def finetune(stack):
         return logits, found | {"loss": loss}
 
     rate, body = learning_rate, [p for p in trained if p is not net.head.weight]
+    head_rate = rate if head_learning_rate is None else head_learning_rate
     groups = [{"params": [p for p in body if p.dim() > 1], "peak": rate},
               {"params": [p for p in body if p.dim() < 2], "peak": rate, "weight_decay": 0.0},
-              {"params": [net.head.weight], "peak": head_learning_rate or rate}]
+              {"params": [net.head.weight], "peak": head_rate}]
     update = torch.optim.AdamW([g for g in groups if g["params"]], learning_rate, (0.9, 0.999),
                                weight_decay=weight_decay, fused=True)
-    model = net if env.world == 1 else DDP(
-        net, device_ids=[env.device] if env.type == "cuda" else None)
+    model = env.parallel(net)
     if env.rank == 0:
         set_aside(out)
         out.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(out)
     step, texts, tokens, loss_sum, counted = 0, 0, 0, 0.0, 0
     best, best_epoch, kept = (-1.0, 0.0), 0, None  # (accuracy, -loss) on dev
-    stop, stopped = StopSignal(), False
+    stop, stopped, skips, norms, row = StopSignal(), False, Skips(env), [], {}
 
     # ---- the loop ----
     net.train()
@@ -597,7 +600,7 @@ def finetune(stack):
                                            reduction="sum")
                     env.scaler.scale(loss * weight).backward()
                 loss_sum += loss.detach() * (weight > 0)
-            env.update(update, trained, grad_clip)
+            norms.append(env.update(update, trained, grad_clip))
             step, texts, counted = step + 1, texts + n, counted + n
             tokens += int(lengths[batch].sum())
             stopped = step < max_steps and env.sum(bool(stop.received))[0] > 0  # on all ranks, or none
@@ -606,10 +609,12 @@ def finetune(stack):
                     + (f"epoch {best_epoch}, the best, is judged" if kept else "nothing saved yet"))
                 break
             if step % log_interval == 0 or step % per_epoch == 0:
-                mean = env.sum(float(loss_sum))[0] / counted
-                if env.rank == 0:
-                    metrics.log(step=step, tokens=tokens, train_loss=mean, lr=rate * scale)
-                loss_sum, counted = 0.0, 0
+                skips.see(norms, step, say)
+                row = {"train_loss": env.sum(float(loss_sum))[0] / counted, "lr": rate * scale,
+                       "skipped": skips.total or None}
+                if env.rank == 0 and step % per_epoch:
+                    metrics.log(step=step, tokens=tokens, **row)
+                loss_sum, counted, norms = 0.0, 0, []
         spent = time.perf_counter() - clock
         seconds += spent
         if stopped:
@@ -619,9 +624,9 @@ def finetune(stack):
             f"{found['macro_f1']:.4f}, loss {found['loss']:.4f}"
             + f"; {len(lengths) / spent:,.0f} texts/s" * (epoch > 0))
         if env.rank == 0:
-            metrics.log(step=step, tokens=tokens, elapsed_s=seconds, **{
+            metrics.log(step=step, tokens=tokens, **row, elapsed_s=seconds, **{
                 f"val_{key}": found[key] for key in ("loss", "accuracy", "macro_f1")})
-        if (found["accuracy"], -found["loss"]) > best:
+        if math.isfinite(found["loss"]) and (found["accuracy"], -found["loss"]) > best:
             best, best_epoch = (found["accuracy"], -found["loss"]), epoch
             kept = {name: tensor.clone() for name, tensor in net.state_dict().items()}
             if env.rank == 0:
@@ -631,6 +636,9 @@ def finetune(stack):
             break
 
     # ---- judged by the best epoch ----
+    stop.over()
+    if not kept and not stopped:
+        raise ValueError("the loss on dev was never finite; lower --learning_rate")
     if not kept:
         return env.close()
     net.load_state_dict(kept)

@@ -28,19 +28,22 @@ import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import CHRF
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (
     Device,
     Metrics,
+    Skips,
     StopSignal,
+    fitting,
     keep_freed_memory,
     load_model,
     locked,
     lr_scale,
     micro_batch_seed,
+    read_checkpoint,
     read_settings,
     restore,
+    same_settings,
     save_best,
     save_checkpoint,
     set_aside,
@@ -48,7 +51,7 @@ from common import (
 from configurator import run
 from data import digest, fill_template, read_table
 from decode import left_padded
-from files import load_torch, local_folder, write_text
+from files import local_folder, write_text
 from lora import merge, save_adapter, set_trainable, unmerge
 from model import GPT, GPTConfig
 from optim import build_optimizer
@@ -101,6 +104,9 @@ request.
 ### Response:
 {output}"""
 FIELDS = ("instruction", "input", "output")
+CHECKPOINT = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict,
+              "step": int, "tokens": int, "elapsed_s": float, "best_loss": float, "before": float,
+              "base": str, "template": str, "tokenizer": str, "data": str}
 LEAST = {"epochs": 1, "batch_size": 1, "log_interval": 1, "seed": 0, "learning_rate": 0,
          "warmup_fraction": 0, "weight_decay": 0, "grad_clip": 0, "max_new_tokens": 1,
          "eval_interval": 1, "num_answers": 0}
@@ -150,12 +156,14 @@ def split(records) -> list[list[int]]:
     to training, so that none is both learned and asked."""
     prompts = [(record["instruction"], record["input"]) for record in records]
     seen, n = Counter(prompts), len(prompts)
-    if n < 3:
-        raise ValueError(f"{data} has {n} records; training, dev and test need one each")
     order = np.random.default_rng(seed).permutation(n).tolist()
     order.sort(key=lambda i: seen[prompts[i]] == 1)  # stable
     test = n - max(1, round(0.10 * n))
     dev = test - max(1, round(0.05 * n))
+    once = sum(count == 1 for count in seen.values())
+    if dev < 1 or n - dev > once:
+        raise ValueError(f"{data} has {n} records, {once} with a prompt of their own: too few for dev "
+                         "and test and one to train on")
     return [order[:dev], order[dev:test], order[test:]]
 
 
@@ -317,32 +325,33 @@ def finetune(stack):
         raise ValueError(f"no {out / 'ckpt.pt'} to resume from; give a model with --init_from")
     stack.enter_context(locked(out, env))
     if init_from == "resume":
-        checkpoint = load_torch(out / "ckpt.pt")
-        for name in FIXED:
-            was = checkpoint["settings"].get(name, "something else")
-            if was != settings[name]:
-                raise ValueError(f"{out / 'ckpt.pt'} was trained with {name}={was}, not "
-                                 f"{settings[name]}; give that, or another --out_dir")
-        raw_model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
-        tokenizer = from_json(checkpoint["tokenizer"])
+        checkpoint = read_checkpoint(out / "ckpt.pt", CHECKPOINT)
+        same_settings(out / "ckpt.pt", checkpoint, settings, FIXED)
+        with fitting(out / "ckpt.pt"):
+            raw_model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
+            tokenizer = from_json(checkpoint["tokenizer"])
         base, form = checkpoint["base"], checkpoint["template"]
     else:
         raw_model, tokenizer = load_model(init_from, block_size=block_size, dropout=dropout,
                                           dtype=torch.float32)
         folder, form = local_folder(init_from), read_template()
+        if mode == "lora" and (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{init_from} is an adapter, and adapters on top of one would have no base; "
+                             "give the model in which it is merged, the best/ beside it")
         best = folder / "best" if (folder / "best").is_dir() else folder
         base = str(best.resolve()) if best.is_dir() else init_from  # by which PEFT finds it
     trained = set_trainable(raw_model, mode, train_blocks, lora_rank, lora_alpha,
                             lora_dropout, lora_targets)
     if checkpoint is not None:
-        raw_model.load_state_dict(checkpoint["model"])
+        with fitting(out / "ckpt.pt"):
+            raw_model.load_state_dict(checkpoint["model"])
     raw_model.to(env.device).train()
     config, parameters = raw_model.config, raw_model.num_params()
 
     # ---- the records ----
     records = read_records(data, say)
     known = digest(records)
-    if checkpoint is not None and checkpoint.get("data", known) != known:
+    if checkpoint is not None and checkpoint["data"] != known:
         raise ValueError(f"{out / 'ckpt.pt'} was trained on other records than {data} has now, which "
                          "would mix its splits; bring those back, or begin anew with another "
                          f"--out_dir and --init_from={out / 'best'}")
@@ -361,9 +370,10 @@ def finetune(stack):
     net = AnswerLoss(raw_model)
     step, tokens, elapsed, best_loss, before = 0, 0, 0.0, math.inf, None
     if checkpoint is not None:
-        restore(update, checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # empty where the dtype was not float16
-            env.scaler.load_state_dict(checkpoint["scaler"])
+        with fitting(out / "ckpt.pt"):
+            restore(update, checkpoint["optimizer"])
+            if checkpoint["scaler"]:  # empty where the dtype was not float16
+                env.scaler.load_state_dict(checkpoint["scaler"])
         step, tokens, elapsed, best_loss, before = (
             checkpoint[key] for key in ("step", "tokens", "elapsed_s", "best_loss", "before"))
         if step >= max_steps and (out / "results.json").is_file():
@@ -374,9 +384,7 @@ def finetune(stack):
     else:
         before = evaluate(net, test, env)
     del checkpoint
-    model = torch.compile(net, dynamic=True) if compile else net
-    if env.world > 1:
-        model = DDP(model, device_ids=[env.device] if env.type == "cuda" else None)
+    model = env.parallel(torch.compile(net, dynamic=True) if compile else net)
     if env.rank == 0:
         if step == 0:
             set_aside(out)
@@ -415,7 +423,7 @@ def finetune(stack):
 
     if step == 0:
         log({"step": 0, "tokens": 0, "elapsed_s": 0.0}, True)
-    stop, batches = StopSignal(), None
+    stop, skips, norms, batches = StopSignal(), Skips(env), [], None
     loss_sum, counted = torch.zeros((), device=env.device), 0
     # ---- the loop ----
     clock = time.perf_counter()
@@ -433,7 +441,7 @@ def finetune(stack):
         with env.autocast():
             loss = model(*collate(mine or rows[:1], train_on_all, env.device)) * bool(mine)
         env.scaler.scale(loss * (env.world / n)).backward()  # DDP takes the mean over the ranks
-        norm = env.update(update, raw_model.parameters(), grad_clip)
+        norms.append(env.update(update, raw_model.parameters(), grad_clip))
         loss_sum += loss.detach()
         step, tokens, counted = step + 1, tokens + n, counted + n
 
@@ -443,21 +451,25 @@ def finetune(stack):
         if not (seen or stopping or step % log_interval == 0):
             continue
         mean = env.sum(loss_sum.item())[0] / counted  # over the updates since the last line
+        norm = norms[-1].item()
+        skips.see(norms, step, say)
         now = time.perf_counter()
         elapsed, rate = elapsed + now - clock, counted / (now - clock)
-        say(f"update {step:5}/{max_steps}  loss {mean:.4f}  lr {lr:.2e}  norm {norm.item():.2f}  "
+        say(f"update {step:5}/{max_steps}  loss {mean:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
             f"{rate:,.0f} tok/s")
-        log({"step": step, "tokens": tokens, "train_loss": mean, "lr": lr, "grad_norm": norm.item(),
-             "tokens_per_s": rate, "elapsed_s": elapsed}, seen)
+        if seen or step % log_interval == 0:  # else this stop would leave a row of its own
+            log({"step": step, "tokens": tokens, "train_loss": mean, "lr": lr, "grad_norm": norm,
+                 "skipped": skips.total or None, "tokens_per_s": rate, "elapsed_s": elapsed}, seen)
         if seen or stopping:
             save()
         if stopping and not last:
             say(f"stopped by {stop.received or 'a signal'} at update {step}; go on with the same "
                 "command and --init_from=resume")
             return env.close()
-        loss_sum, counted, clock = torch.zeros_like(loss_sum), 0, time.perf_counter()
+        loss_sum, norms, counted, clock = torch.zeros_like(loss_sum), [], 0, time.perf_counter()
 
     # ---- judged on the test split ----
+    stop.over()
     env.sum(0)  # the best model is on disk
     best = GPT.from_pretrained(out / "best").to(env.device)
     after = evaluate(AnswerLoss(best), test, env)

@@ -27,6 +27,7 @@ from sacrebleu.metrics import CHRF
 from common import (
     Device,
     Metrics,
+    Skips,
     keep_freed_memory,
     load_model,
     locked,
@@ -297,18 +298,18 @@ def label(decoding: dict) -> str:
 
 # ---- the whole ----
 
-def train(model: GPT, tok, rows, dev, out: Path) -> tuple[float, int]:
+def train(model: GPT, tok, rows, dev, out: Path, env) -> tuple[float, int]:
     """Fine-tunes; OUT/best is the model of the epoch with the lowest dev loss, which is returned
     with the epoch's number (0: before training)."""
     set_aside(out)
-    where, metrics = model.transformer.wte.weight.device, Metrics(out)
+    where, metrics, skips = env.device, Metrics(out), Skips(env)
     per_epoch = math.ceil(len(rows) / batch_size)
     max_steps = epochs * per_epoch
     update = build_optimizer(model, "adamw", learning_rate, weight_decay, (0.9, 0.999))
     best, at, step, tokens, elapsed = math.inf, 0, 0, 0, 0.0
     for epoch in range(epochs + 1):
         model.train()
-        loss_sum, count, clock = 0.0, 0, time.perf_counter()
+        loss_sum, count, norms, clock = 0.0, 0, [], time.perf_counter()
         order = np.random.default_rng((seed, epoch)).permutation(len(rows))
         for batch in np.array_split(order, per_epoch) if epoch else ():
             for group in update.param_groups:
@@ -317,12 +318,12 @@ def train(model: GPT, tok, rows, dev, out: Path) -> tuple[float, int]:
             ids, targets = collate([rows[i] for i in batch], where)
             loss = model(ids, targets)[1]
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            update.step()
-            update.zero_grad(set_to_none=True)
+            norms.append(env.update(update, model.parameters(), 1.0))
             n = int((targets >= 0).sum())
             loss_sum, count, step, tokens = loss_sum + loss.item() * n, count + n, step + 1, tokens + n
         elapsed += time.perf_counter() - clock
+        if norms:
+            skips.see(norms, step, print)
         model.eval()
         with torch.inference_mode():
             found = model(*collate(dev, where))[1].item()
@@ -352,6 +353,8 @@ def finetune(stack):
     settings = read_settings(globals(), LEAST, CHOICES)
     poems, prompts, gold, test = read_data(data_dir)
     env = Device(device, "float32")
+    if env.world > 1:
+        raise ValueError("sonnet.py runs in one process: python sonnet.py, without torchrun")
     where = env.device
     out, clock = Path(out_dir), time.perf_counter()
     keep_freed_memory()
@@ -374,7 +377,7 @@ def finetune(stack):
     print(f"{init_from}: {model.num_params():,} parameters, {trained:,} trained ({mode}), {tok.name} "
           f"tokens; {len(rows)} poems of {fmean(map(len, rows)):.0f} tokens", flush=True)
     stack.enter_context(locked(out, env))
-    dev_loss, epoch = train(model, tok, rows, dev, out)
+    dev_loss, epoch = train(model, tok, rows, dev, out, env)
     nats = dev_loss * sum(len(row) - 1 for row in dev)
     dev_bpb = nats / math.log(2) / sum(len(poem.encode()) for poem in gold.values())
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 
 import finetune_cls as script
 from common import Device, save_best
@@ -240,6 +241,9 @@ def test_early_stop_stop_signal_and_a_rerun(base, tmp_path, monkeypatch, capsys)
             self.asked += 1
             return "SIGINT" if self.asked == 9 else None
 
+        def over(self):
+            pass
+
     monkeypatch.setattr(script, "StopSignal", Stop)
     results = run_script(base, tmp_path, "--epochs=2")  # judged by the epoch that is whole
     assert (results["stopped"], results["updates"], results["best_epoch"]) == (True, 9, 1)
@@ -286,6 +290,27 @@ def test_a_killed_save_leaves_the_best_model_whole(base, tmp_path, monkeypatch):
     monkeypatch.undo()
     again = run_script(tmp_path, tmp_path / "again", f"--data_dir={base}", "--epochs=0")
     assert again["test_loss"] == pytest.approx(results["test_loss"])
+
+
+def test_a_run_that_diverges_ends(base, tmp_path):
+    with pytest.raises(ValueError, match="lower --learning_rate"):
+        run_script(base, tmp_path, "--epochs=3", "--learning_rate=1e30")
+    assert not (tmp_path / "best").exists() and not (tmp_path / "results.json").exists()
+
+
+def test_one_row_a_step_and_what_a_kill_left_is_removed(base, tmp_path):
+    (tmp_path / "best").mkdir()
+    left = tmp_path / "ckpt.pt.123.tmp", tmp_path / "best" / "model.safetensors.9.tmp"
+    for file in (*left, tmp_path / "notes.tmp"):
+        file.touch()
+    one = run_script(base, tmp_path, "--epochs=2", "--log_interval=1", "--head_learning_rate=0")
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, one["updates"] + 1))
+    assert {"train_loss", "lr", "val_accuracy", "elapsed_s"} <= rows[-1].keys()
+    assert not any(file.exists() for file in left) and (tmp_path / "notes.tmp").exists()
+    weights = load_file(tmp_path / "best" / "model.safetensors")["score.weight"]
+    torch.manual_seed(script.seed)
+    assert weights.std() < 0.03  # as it was drawn, N(0, 0.02)
 
 
 def test_a_folder_in_use_is_refused(base, tmp_path):

@@ -56,6 +56,8 @@ def main(*words):
     if what == "memory":
         raise type("OutOfMemoryError", (RuntimeError,), {})(
             "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+    if what == "allocator":
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B")
     if what == "runtime":
         raise RuntimeError("a bug")
     if what == "import":
@@ -328,6 +330,7 @@ def test_run(folder):
     ("library", 1, "Traceback"),  # a ValueError too, but json's
     ("runtime", 1, "Traceback"),
     ("memory", 2, "error: the GPU has no room for this (Tried to allocate 2.50 GiB); ask for less at once\n"),
+    ("allocator", 2, "error: the machine has no room for this (tried to allocate 9 B); ask for less at once\n"),
     ("interrupt", 130, "interrupted\n"),
 ])
 def test_run_errors(folder, word, status, start):

@@ -241,7 +241,6 @@ def kill(at: Path, data: str, whole: Path):
         shutil.copytree(old, out)
         status = end(fork(lambda: [strike(out, number), common.set_aside(out)], f"{out}.log"))  # noqa: B023
         if status == -9:
-            common.clear_up(out, None)  # as train.py does first
             common.set_aside(out)
         problem = None if status in (0, -9) else f"exit status {status}"
         note("SIGKILL while an old run is set aside", problem or different(out / "previous", reference))

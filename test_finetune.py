@@ -39,6 +39,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 HERE = Path(__file__).parent
 RECORDS = HERE / "../shared/data/instruct/instruction-data.json"
 DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(script)).items()}
+SAMPLER = {name: default for name, (default, _, _) in find_settings(vars(sampler)).items()}
 
 
 def tiny(seed=0, **options) -> GPT:
@@ -337,6 +338,8 @@ def test_splits(monkeypatch):
     assert [len(part) for part in script.split(records[:3])] == [1, 1, 1]
     with pytest.raises(ValueError, match="has 2 records"):
         script.split(records[:2])
+    with pytest.raises(ValueError, match="40 records, 0 with a prompt of their own"):
+        script.split(records[:20] * 2)
 
 
 def test_epochs_visit_every_record_once_and_batches_are_of_similar_length(monkeypatch):
@@ -499,6 +502,9 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
             self.asked += 1
             return "SIGINT" if self.asked == 8 else None
 
+        def over(self):
+            pass
+
     monkeypatch.setattr(script, "StopSignal", Stop)
     run_script(base, tmp_path / "cut", *options)
     assert load_torch(tmp_path / "cut" / "ckpt.pt")["step"] == 8
@@ -529,6 +535,32 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
             run_script(base, tmp_path / "cut", *options, "--init_from=resume", change)
 
 
+def test_damaged_and_foreign_checkpoints_are_not_resumed(base, tmp_path):
+    run_script(base, tmp_path, "--epochs=1")
+    file = tmp_path / "ckpt.pt"
+    whole, state = file.read_bytes(), torch.load(file)
+    for change in ({"settings": None}, {"best_loss": None}, {"model": {}}, {"optimizer": {}}):
+        torch.save(state | change, file)
+        with pytest.raises(ValueError, match=r"not written by this script|do not fit each other"):
+            run_script(base, tmp_path, "--epochs=2", "--init_from=resume")
+    at = whole.index(bytes(state["model"]["transformer.wte.weight"].numpy())) + 9
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:])
+    with pytest.raises(ValueError, match="another checksum|is damaged"):
+        run_script(base, tmp_path, "--epochs=2", "--init_from=resume")
+
+
+def test_a_run_that_diverges_ends(base, tmp_path):
+    with pytest.raises(ValueError, match="not finite in 10 steps in a row.*lower --learning_rate"):
+        run_script(base, tmp_path, "--mode=full", "--learning_rate=1e30", "--epochs=9")
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_no_adapters_on_adapters(base, tmp_path):
+    run_script(base, tmp_path / "one", "--epochs=1", "--mode=lora")
+    with pytest.raises(ValueError, match="is an adapter, .* the best/ beside it"):
+        run_script(base, tmp_path / "two", f"--init_from={tmp_path}/one/adapter", "--mode=lora")
+
+
 def test_a_run_is_not_resumed_on_other_records(base, tmp_path):
     data = write_records(tmp_path / "data.json", json.loads((base / "data.json").read_text())[:40])
     run_script(base, tmp_path / "run", "--epochs=1", f"--data={data}")
@@ -545,7 +577,6 @@ def test_a_checkpoint_of_ours_is_converted_by_its_folder(tmp_path):
 
 def test_what_is_given_is_answered_before_more_is_asked_for(base, tmp_path, monkeypatch):
     form, said = "{instruction}\n\n{input}\n\n>{output}", []
-    defaults = {name: default for name, (default, _, _) in find_settings(vars(sampler)).items()}
     shutil.copytree(base / "best", tmp_path / "m")
     (tmp_path / "m" / "template.txt").write_text(form)
     monkeypatch.setattr(sampler, "write", lambda model, tok, *args: said.append(args))
@@ -559,7 +590,7 @@ def test_what_is_given_is_answered_before_more_is_asked_for(base, tmp_path, monk
             raise EOFError
 
         monkeypatch.setattr("builtins.input", read)
-        vars(sampler).update(defaults)
+        vars(sampler).update(SAMPLER)
         configure(vars(sampler), [f"--init_from={tmp_path / 'm'}", "--device=cpu", argv,
                                   "--interactive"])
         sampler.main()

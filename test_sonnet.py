@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -390,6 +391,13 @@ def test_without_data_it_says_where_to_get_it(tmp_path):
     for text in said:
         assert all(word in text for word in (*script.FILES, "--data_dir", "Folger", "number"))
     assert "sonnets_held_out.txt']" in said[2]  # what is there of them
+
+
+def test_it_runs_in_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "Device", lambda *args: SimpleNamespace(world=2))
+    with pytest.raises(ValueError, match="one process"):
+        run(course(tmp_path / "data"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_interrupted_it_leaves_the_best_model_whole(tmp_path):

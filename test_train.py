@@ -420,7 +420,9 @@ def test_interrupted_training_saves_and_goes_on(shared, tmp_path):
     (["--dataset=a\0b"], "dataset="), (["--eval_tokens=0"], "eval_tokens"),
     (["--adamw_learning_rate=-1"], "adamw_learning_rate"), (["--min_lr_scale=-0.1"], "min_lr_scale"),
     (["--min_lr_scale=1.1"], "min_lr_scale"), (["--decay_fraction=-1"], "decay_fraction"),
-    (["--decay_fraction=2"], "decay_fraction"), (["--quantize=int8"], "--eval_only")])
+    (["--decay_fraction=2"], "decay_fraction"), (["--quantize=int8"], "--eval_only"),
+    (["--seed=99999999999999999999"], "seed must"), (["--learning_rate=inf"], "learning_rate must"),
+    (["--eval_only", "--init_from=auto"], "no checkpoint")])
 def test_mistakes_are_one_line(shared, tmp_path, argv, word):
     common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run", "--max_steps=1"]
     with pytest.raises(ValueError, match=word) as e:
@@ -501,6 +503,22 @@ def test_what_a_stopped_fine_tuning_left_is_set_aside(tmp_path):
         assert (tmp_path / "best").exists() is False
         assert (tmp_path / "previous" / "best" / "config.json").is_file() == (len(left) == 2)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("whole", ["ckpt.pt", "results.json"])
+def test_an_unfinished_run_takes_no_whole_ones_place(tmp_path, whole):
+    """Two runs in a row that are stopped before their first checkpoint, over one that was whole."""
+    for name, text in ((whole, "whole"), ("best/config.json", "whole"), ("metrics.jsonl", "whole")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for _ in range(3):
+        set_aside(tmp_path)
+        assert not (tmp_path / "best").exists() and not (tmp_path / "adapter").exists()
+        for name in (whole, "best/config.json"):
+            assert (tmp_path / "previous" / name).read_text() == "whole"
+        for name in ("best/config.json", "adapter/adapter_config.json", "metrics.jsonl"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("begun")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):

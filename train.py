@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (
     Device,
     Metrics,
+    Skips,
     StopSignal,
     checkpoints,
-    clear_up,
     command_line,
     fitting,
     keep_freed_memory,
@@ -38,9 +37,11 @@ from common import (
     newest_checkpoint,
     read_settings,
     restore,
+    same_settings,
     save_best,
     save_checkpoint,
     set_aside,
+    set_damaged_aside,
     start_id,
 )
 from configurator import run
@@ -111,8 +112,6 @@ def evaluate(model, split, env) -> dict:
     """Mean loss over fixed windows of a split, shared among the ranks: val_loss (nats a token),
     val_ppl and, where the bytes of its text are known, val_bpb (bits a UTF-8 byte)."""
     T, tokens = model.config.block_size, split.tokens - 1  # the first is not predicted
-    if tokens < 1:
-        raise ValueError(f"the validation split has {split.tokens} token, it needs 2 to be evaluated")
     if eval_tokens is not None:
         tokens = min(tokens, eval_tokens)
     rows = max(1, min(4096, 2**26 // model.config.vocab_size) // T)  # by the size of the logits
@@ -214,6 +213,8 @@ def train(stack):
     if quantize and not eval_only:
         raise ValueError("quantize is for evaluating only: give --eval_only too, or leave it out")
     data = Data(dataset, verify)
+    if data.val.tokens < 2:
+        raise ValueError("the validation split has 1 token, it needs 2 to be evaluated")
     tokenizer = data.tokenizer()
     tokenizer_json = tokenizer.to_json()
     accumulation = 1 if eval_only else micro_batches(total_batch_tokens, batch_size, block_size,
@@ -234,11 +235,7 @@ def train(stack):
         elif path is None and (out / "metrics.jsonl").exists():
             say(f"{out} was begun, but has no checkpoint yet: beginning anew")
     if checkpoint is not None:
-        for name in FIXED:
-            was = checkpoint["settings"].get(name, settings[name])
-            if settings[name] != was:
-                raise ValueError(f"{path} was trained with {name}={was}, not {settings[name]}; "
-                                 "give that, or another --out_dir")
+        same_settings(path, checkpoint, settings, FIXED)
         if checkpoint["tokenizer"] != tokenizer_json:
             raise ValueError(f"{path} was trained with another tokenizer than {dataset} has now; "
                              "bring that back, or give another --out_dir")
@@ -269,6 +266,8 @@ def train(stack):
         same_tokenizer(f"init_from={init_from}", init_from, tokenizer)
     raw_model.to(env.device)
     if eval_only:
+        if init_from == "auto" and checkpoint is None:
+            raise ValueError(f"there is no checkpoint in {out} to evaluate; name a model with --init_from")
         if quantize:
             Int8Linear.kernel_rows = 10**9  # every product as decoding does it
             prepare(raw_model, quantize)
@@ -330,14 +329,14 @@ def train(stack):
     model = raw_model.train()
     if compile or compile is None and env.type == "cuda":
         model = compiled(raw_model, *batch(0), env)
-    if env.world > 1:
-        model = DDP(model, device_ids=[env.device] if env.type == "cuda" else None)
+    model = env.parallel(model)
 
     # ---- what is kept of the run ----
     if env.rank == 0:
-        clear_up(out, path)
         if path is None:
             set_aside(out)
+        else:
+            set_damaged_aside(out, path)
         out.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(out, resume_step=step if step else None)
         if wandb_project:
@@ -381,31 +380,19 @@ def train(stack):
             if wandb_project:
                 wandb.log(row, step=step)
 
-    def count_skipped(norms):
-        """Of the latest steps, by the norms of their gradients: says which were skipped; ValueError
-        after max_skipped in a row. float16 finds its scale by skipping some."""
-        nonlocal skipped, in_a_row
-        for number, norm in enumerate(norms, step - len(norms) + 1):
-            in_a_row = 0 if math.isfinite(norm) else in_a_row + 1
-            skipped += in_a_row > 0
-            if in_a_row and not env.scaler.is_enabled():
-                first = windows - (step - number + 1) * per_update // block_size
-                say(f"step {number}: the gradient is not finite, its update is skipped; it is of "
-                    f"windows {first:,} to {first + per_update // block_size - 1:,} of the order")
-            if in_a_row >= max_skipped + 20 * env.scaler.is_enabled():
-                raise ValueError(
-                    f"the gradient was not finite in {in_a_row} steps in a row, up to step {number}; "
-                    f"{out / 'ckpt.pt'} is the last checkpoint: lower --learning_rate and go on "
-                    "with --init_from=resume")
+    def where(number):
+        first = windows - (step - number + 1) * per_update // block_size
+        return (f"; it is of windows {first:,} to {first + per_update // block_size - 1:,} of the "
+                "order")
 
-    stop = StopSignal()
+    stop, skips = StopSignal(), Skips(env, max_skipped, skipped)
     fetcher = ThreadPoolExecutor(1)
 
     def fetch(windows, micro):  # the next batch, while this one is computed
         return fetcher.submit(batch, windows + (micro * env.world + env.rank) * batch_size)
 
     # ---- the loop ----
-    coming, norms, in_a_row = fetch(windows, 0), [], 0
+    coming, norms = fetch(windows, 0), []
     gc.collect()
     gc.freeze()  # else every full collection looks at all of torch, for milliseconds
     clock, counted = time.perf_counter(), step
@@ -435,8 +422,9 @@ def train(stack):
         if not (seen or stopping or step % log_interval == 0):
             continue
         loss = env.sum(loss_sum.item())[0]
-        count_skipped(torch.stack(norms).tolist())
-        norms = []
+        skips.see(norms, step, say, where, "lower --learning_rate" + (
+            f" and go on from {out / 'ckpt.pt'} with --init_from=resume" if saved_at else ""))
+        norms, skipped = [], skips.total
         now = time.perf_counter()
         elapsed, rate = elapsed + now - clock, (step - counted) / (now - clock)
         clock, counted = now, step
