@@ -243,8 +243,8 @@ def micro_batches(total_batch_tokens: int | None, batch_size: int, block_size: i
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop asks at a step's end; a second
-    ends the script at once, as does the first one after `over`."""
+    """Turns Ctrl-C and SIGTERM into a flag that the loop asks at a step's end, until `over`. A second
+    Ctrl-C interrupts at once; a second SIGTERM does not, as torchrun sends one after its own."""
 
     def __init__(self):
         self.received = None
@@ -253,7 +253,7 @@ class StopSignal:
 
     def _receive(self, number, frame):
         self.received = signal.Signals(number).name
-        self.over()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def over(self):
         """Nothing asks the flag any more."""
