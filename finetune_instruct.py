@@ -52,7 +52,7 @@ from configurator import run
 from data import digest, fill_template, read_table
 from decode import left_padded
 from files import local_folder, write_text
-from lora import merge, save_adapter, set_trainable, unmerge
+from lora import align, merge, save_adapter, set_trainable, unmerge
 from model import GPT, GPTConfig
 from optim import build_optimizer
 from tokenizer import from_json
@@ -72,6 +72,7 @@ train_blocks = 2  # of last_blocks
 lora_rank = 16
 lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank
 lora_dropout = 0.0  # of what the adapters read
+lora_align = 100  # batches along whose gradient the adapters start; 0: at random
 lora_targets = ["c_attn", "c_proj", "c_fc"]  # layers whose names end so; attn.c_proj would do too
 train_on_all = False  # the loss covers the prompts too
 # the updates
@@ -109,7 +110,7 @@ CHECKPOINT = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, 
               "base": str, "template": str, "tokenizer": str, "data": str}
 LEAST = {"epochs": 1, "batch_size": 1, "log_interval": 1, "seed": 0, "learning_rate": 0,
          "warmup_fraction": 0, "weight_decay": 0, "grad_clip": 0, "max_new_tokens": 1,
-         "eval_interval": 1, "num_answers": 0}
+         "eval_interval": 1, "num_answers": 0, "lora_align": 0}
 CHOICES = {"mode": ("full", "lora", "last_blocks")}
 FIXED = ("data", "template", "block_size", "seed", "mode", "train_blocks", "lora_rank",
          "lora_alpha", "lora_targets", "train_on_all", "batch_size")  # a resumed run keeps these
@@ -366,8 +367,16 @@ def finetune(stack):
         f"cut to fit; {sum(len(answer) for _, answer in train):,} answer tokens an epoch; "
         f"{epochs} epochs, {max_steps:,} updates")
 
-    update = build_optimizer(raw_model, "adamw", learning_rate, weight_decay, (0.9, 0.999))
     net = AnswerLoss(raw_model)
+    if mode == "lora" and lora_align and checkpoint is None:
+        def backward():
+            for batch in epoch_batches(train, 0)[:lora_align]:
+                with env.autocast():
+                    loss = net(*collate([train[i] for i in batch], train_on_all, env.device))
+                loss.backward()
+        align(raw_model, backward)
+        raw_model.zero_grad(set_to_none=True)
+    update = build_optimizer(raw_model, "adamw", learning_rate, weight_decay, (0.9, 0.999))
     step, tokens, elapsed, best_loss, before = 0, 0, 0.0, math.inf, None
     if checkpoint is not None:
         with fitting(out / "ckpt.pt"):

@@ -58,6 +58,24 @@ def add_lora(model, rank: int, alpha: float, dropout: float = 0.0, targets=TARGE
 
 
 @torch.no_grad()
+def align(model, backward):
+    """Turns each A, in place, along the gradient of its layer's weight, which `backward()` is to
+    compute: of all updates of this rank the first, while B is zero, is then the steepest. As LoRA-GA
+    (Wang et al. 2024), but B stays zero and the base as it is."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    for layer in layers:
+        layer.weight.requires_grad_(True)
+    with torch.enable_grad():
+        backward()
+    for layer in layers:
+        rank = min(layer.rank, *layer.weight.shape)
+        *_, V = torch.svd_lowrank(layer.weight.grad, min(rank + 8, *layer.weight.shape), niter=4)
+        layer.lora_A[:rank] = V[:, :rank].t() / math.sqrt(3)  # rows as long as at random
+        layer.weight.grad = None
+        layer.weight.requires_grad_(False)
+
+
+@torch.no_grad()
 def merge(model):
     """Adds the adapters into the weights, in place: until `unmerge` the model is a plain GPT, which
     can be saved, decoded and quantized as any other."""

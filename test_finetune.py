@@ -26,6 +26,7 @@ from files import load_torch
 from lora import (
     LoRALinear,
     add_lora,
+    align,
     load_adapter,
     merge,
     save_adapter,
@@ -175,6 +176,30 @@ def test_peft_gives_our_logits_and_we_give_its(tmp_path, targets):
     first, again = (load_file(tmp_path / name / "adapter_model.safetensors")
                     for name in ("theirs", "again"))
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_aligned_adapters_begin_along_the_gradient():
+    """Against a singular value decomposition of the gradient of the model without adapters."""
+    model, x = tiny(), ids(4, 20)
+    model(x[:, :-1], x[:, 1:])[1].backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    before = model(x)[0]
+    for rank in (3, 40):  # more than there are directions, too
+        adapted = tiny()
+        add_lora(adapted, rank, 8.0)
+        align(adapted, lambda model=adapted: model(x[:, :-1], x[:, 1:])[1].backward())
+        assert torch.equal(adapted(x)[0], before)
+        for name, layer in adapted.named_modules():
+            if isinstance(layer, LoRALinear):
+                assert not layer.weight.requires_grad and layer.weight.grad is None
+                assert torch.equal(layer.weight, model.get_parameter(f"{name}.weight"))
+                U, S, Vh = torch.linalg.svd(gradients[f"{name}.weight"], full_matrices=False)
+                k = min(rank, len(S))
+                A = layer.lora_A[:k] * math.sqrt(3)
+                assert (A @ A.T - torch.eye(k)).abs().max() < 1e-10  # of one length, at right angles
+                kept = gradients[f"{name}.weight"] @ A.T @ A
+                best = U[:, :k] * S[:k] @ Vh[:k]
+                assert (kept - best).norm() < 1e-3 * best.norm(), (name, rank)
 
 
 def test_adapters_that_do_not_fit(tmp_path):
