@@ -370,9 +370,10 @@ def finetune(stack):
     net = AnswerLoss(raw_model)
     if mode == "lora" and lora_align and checkpoint is None:
         def backward():
-            for batch in epoch_batches(train, 0)[:lora_align]:
+            records = np.concatenate(epoch_batches(train, 0)[:lora_align])
+            for pair in np.array_split(records, math.ceil(len(records) / 2)):  # in little memory
                 with env.autocast():
-                    loss = net(*collate([train[i] for i in batch], train_on_all, env.device))
+                    loss = net(*collate([train[i] for i in pair], train_on_all, env.device))
                 loss.backward()
         align(raw_model, backward)
         raw_model.zero_grad(set_to_none=True)
