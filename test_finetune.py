@@ -623,12 +623,13 @@ def test_what_is_given_is_answered_before_more_is_asked_for(base, tmp_path, monk
 
 
 def test_two_ranks_equal_one(base, tmp_path):
-    run_script(base, tmp_path / "one", "--epochs=1")
+    """Not aligned: singular vectors of near values turn with the rounding of another thread count."""
+    run_script(base, tmp_path / "one", "--epochs=1", "--lora_align=0")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          HERE / "finetune_instruct.py", f"--init_from={base}", f"--data={base}/data.json",
          f"--template={base}/template", f"--out_dir={tmp_path}/two", "--device=cpu",
-         "--batch_size=17", "--max_new_tokens=6", "--log_interval=1", "--epochs=1"],
+         "--batch_size=17", "--max_new_tokens=6", "--log_interval=1", "--epochs=1", "--lora_align=0"],
         capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
