@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import CHRF
 from torch import nn
+from tqdm import tqdm
 
 from common import (
     Device,
@@ -370,8 +371,9 @@ def finetune(stack):
     net = AnswerLoss(raw_model)
     if mode == "lora" and lora_align and checkpoint is None:
         def backward():
-            records = np.concatenate(epoch_batches(train, 0)[:lora_align])
-            for pair in np.array_split(records, math.ceil(len(records) / 2)):  # in little memory
+            seen = np.concatenate(epoch_batches(train, 0)[:lora_align])
+            pairs = np.array_split(seen, math.ceil(len(seen) / 2))  # in little memory
+            for pair in tqdm(pairs, "aligning", leave=False, disable=env.rank > 0 or None):
                 with env.autocast():
                     loss = net(*collate([train[i] for i in pair], train_on_all, env.device))
                 loss.backward()
