@@ -630,5 +630,6 @@ def load_model(name, tokenizer=None, **options):
         tokenizer = open_tokenizer(tokenizer)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids, the model "
-                         f"in {name} has {model.config.vocab_size}; put the tokenizer.json that it was trained with into its folder")
+                         f"in {name} has {model.config.vocab_size}; put the tokenizer.json that it was "
+                         "trained with into its folder")
     return model, tokenizer

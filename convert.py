@@ -68,9 +68,9 @@ def facts(folder: Path) -> dict:
         return found | {"Data": settings.get("data", "unknown")}
     found = {"Data": settings["dataset"], "Command": f"`{checkpoint['command']}`"} | found
     if (folder / "metrics.jsonl").is_file():
-        best = (folder / "best" / "config.json").is_file()  # what is exported, else the checkpoint
+        kept = (folder / "best" / "config.json").is_file()  # what is exported, else the checkpoint
         rows = [row for row in Metrics.read(folder / "metrics.jsonl")
-                if "val_loss" in row and (best or row["step"] == checkpoint["step"])]
+                if "val_loss" in row and (kept or row["step"] == checkpoint["step"])]
         if rows:
             best = min(rows, key=lambda row: row["val_loss"])
             if best["step"] < checkpoint["step"]:  # best/ is what is exported

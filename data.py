@@ -213,7 +213,7 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = SHARD_TOK
                 for file in folder.glob(f"{kind}.part")]
     try:
         with FileLock(folder / ".lock", blocking=False):
-            remove(parts())  # of a killed call
+            remove([*parts(), *folder.glob("*.json.part.[0-9]*.tmp")])  # of a killed call
             meta = {"tokenizer": tokenizer.name, "tokenizer_sha256": digest(tokenizer.to_json()),
                     "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id,
                     "dtype": tokenizer.dtype.name, "splits": {}}

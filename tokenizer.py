@@ -133,7 +133,7 @@ class Tokenizer:
                 except UnicodeEncodeError:
                     raise
                 except ValueError:  # of its pattern's stack
-                    space = max(re.findall(r"\s+", text), key=len)
+                    space = max(re.findall(r"\s+", text), key=len, default="")
                     raise ValueError(f"{len(space):,} characters of white space in a row, which GPT-2's "
                                      "pattern cannot be matched with; shorten them") from None
                 ids = ids if self.id_of_rank is None else self.id_of_rank[ids]
