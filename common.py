@@ -64,7 +64,7 @@ class Device:
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f"device={device} cannot be used here ({str(e).splitlines()[0]}); "
                              "try --device=cpu") from None
-        self.type = self.device.type
+        self.type, self.held = self.device.type, None
         if self.type not in ("cpu", "cuda", "mps"):
             raise ValueError(f"device={device} cannot be used here; try --device=cpu")
         if self.type == "cuda":
@@ -104,6 +104,30 @@ class Device:
         if self.world == 1:
             return model
         return DDP(model, device_ids=[self.device] if self.type == "cuda" else None)
+
+    def lock(self, folder: Path):
+        """Keeps a run's folder for this run, by a lock that rank 0 holds until `close` or the end of
+        the process, however it ends. ValueError, on every rank, where another process has it."""
+        from filelock import FileLock, Timeout
+        self.held, fault = FileLock(folder / ".lock", blocking=False), None
+        if self.rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.held.acquire()
+                for tmp in [*folder.glob("*.[0-9]*.tmp"), *folder.glob("best/*.[0-9]*.tmp")]:
+                    tmp.unlink()  # of a run that was killed
+            except Timeout:
+                fault = ValueError(f"another run is using {folder}; wait for it to end, or give "
+                                   "another --out_dir")
+            except OSError as e:
+                fault = OSError(f"cannot write into {folder}: {e.strerror or e}")
+        if self.sum(fault is not None)[0]:
+            raise fault or ValueError(f"rank 0 cannot use {folder}")
+
+    def say(self, *text):
+        """Prints at once, on rank 0."""
+        if self.rank == 0:
+            print(*text, flush=True)
 
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.type == "cuda" else self.type
@@ -155,6 +179,8 @@ class Device:
         """The end of the script. With several ranks it does not return: DDP leaves gloo's threads
         running, and one that frees a tensor while Python shuts down aborts the process (pytorch
         issue 190489), so the process ends here, its exit handlers run and its output written."""
+        if self.held:
+            self.held.release()
         if dist.is_initialized():
             dist.destroy_process_group()
             atexit._run_exitfuncs()
@@ -179,6 +205,17 @@ def read_settings(script: dict, least: dict, choices: dict | None = None) -> dic
         if settings[name] not in known:
             raise ValueError(f"{name} must be {' or '.join(known)}, got {settings[name]!r}")
     return settings
+
+
+def begin(script: dict, least: dict, choices: dict | None = None):
+    """(settings, Device, run folder) with which a training script starts, from its globals; torch is
+    seeded and, on a CPU, freed memory kept."""
+    settings = read_settings(script, least, choices)
+    env = Device(settings["device"], settings.get("dtype", "float32"))
+    if env.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(settings["seed"])
+    return settings, env, Path(settings["out_dir"])
 
 
 def keep_freed_memory():
@@ -290,31 +327,6 @@ class Skips:
 CHECKPOINT = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict,
               "step": int, "tokens": int, "windows": int, "skipped": int, "elapsed_s": float,
               "best_loss": float, "tokenizer": str}
-
-
-@contextmanager
-def locked(folder: Path, env: Device):
-    """Keeps a run's folder for this run, by a lock that rank 0 holds and the system frees when the
-    process is gone, however it ends. ValueError, on every rank, where another process has it."""
-    from filelock import FileLock, Timeout
-    lock, fault = FileLock(folder / ".lock", blocking=False), None
-    if env.rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-            for tmp in [*folder.glob("*.[0-9]*.tmp"), *folder.glob("best/*.[0-9]*.tmp")]:
-                tmp.unlink()  # of a run that was killed
-        except Timeout:
-            fault = ValueError(f"another run is using {folder}; wait for it to end, or give another "
-                               "--out_dir")
-        except OSError as e:
-            fault = OSError(f"cannot write into {folder}: {e.strerror or e}")
-    if env.sum(fault is not None)[0]:
-        raise fault or ValueError(f"rank 0 cannot use {folder}")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def checkpoints(out_dir: Path) -> list[Path]:

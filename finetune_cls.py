@@ -22,8 +22,7 @@ import os
 import re
 import shutil
 import time
-from contextlib import ExitStack, nullcontext
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +31,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    Device,
     Metrics,
     Skips,
     StopSignal,
-    keep_freed_memory,
+    begin,
     load_model,
-    locked,
     lr_scale,
     micro_batch_seed,
-    read_settings,
     save_best,
     set_aside,
 )
@@ -432,7 +428,7 @@ def write_cs224n(out: Path, part: str, split: dict, logits, names: list[str]):
         f"{i}, {k} \n" for i, k in zip(split["id"], found)))
 
 
-def classify(env, say, gpt, tokenizer, head_weight, config: dict):
+def classify(env, gpt, tokenizer, head_weight, config: dict):
     """--predict and --predict_file: what a trained run makes of texts. The file's predictions lie
     beside the run, or in out_dir if that is on the hub."""
     if "finetune_cls" not in config:
@@ -455,38 +451,28 @@ def classify(env, say, gpt, tokenizer, head_weight, config: dict):
     rows, note = encode(split, tokenizer, max_tokens)
     logits = over(net, rows, len(names), tokenizer.eos_id, env).cpu()
     for text, p in zip(() if predict_file else split["text"], logits.softmax(-1)):
-        say(f"{names[p.argmax()]}  {p.max():.3f}  {' | '.join(text)}")
+        env.say(f"{names[p.argmax()]}  {p.max():.3f}  {' | '.join(text)}")
     if predict_file:
         run = local_folder(init_from)
         path = (run if run.is_dir() else Path(out_dir)) / (  # no name that its own results have
             f"predictions_of_{Path(predict_file).stem}.csv")
         if env.rank == 0:
             write_predictions(path, split, logits, names)
-        say(f"{path}: {len(rows):,} texts, {note}")
+        env.say(f"{path}: {len(rows):,} texts, {note}")
         if split["label"]:
             found = measures(class_numbers(split, names), logits.argmax(-1).numpy(), len(names))
-            say(f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}\n"
+            env.say(f"accuracy {found['accuracy']:.4f}, macro-F1 {found['macro_f1']:.4f}\n"
                 + show(found, names))
     env.close()
 
 
 def main():
-    with ExitStack() as stack:
-        finetune(stack)
-
-
-def finetune(stack):
-    """One run, or the predictions of one; what it locks is freed by the stack."""
-    settings = read_settings(globals(), LEAST, CHOICES)
-    env, out = Device(device, dtype), Path(out_dir)
-    say = partial(print, flush=True) if env.rank == 0 else lambda *args: None
-    if env.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(seed)
+    settings, env, out = begin(globals(), LEAST, CHOICES)
+    say = env.say
     gpt, tokenizer, head_weight, config = load(init_from)
     if predict or predict_file:
-        return classify(env, say, gpt, tokenizer, head_weight, config)
-    stack.enter_context(locked(out, env))
+        return classify(env, gpt, tokenizer, head_weight, config)
+    env.lock(out)
 
     # ---- the data ----
     clock = time.perf_counter()

@@ -16,8 +16,6 @@ import math
 import shutil
 import time
 from collections import Counter
-from contextlib import ExitStack
-from functools import partial
 from itertools import zip_longest
 from os.path import commonprefix
 from pathlib import Path
@@ -31,18 +29,15 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
-    Device,
     Metrics,
     Skips,
     StopSignal,
+    begin,
     fitting,
-    keep_freed_memory,
     load_model,
-    locked,
     lr_scale,
     micro_batch_seed,
     read_checkpoint,
-    read_settings,
     restore,
     same_settings,
     save_best,
@@ -305,27 +300,17 @@ def table(rows: list[dict], columns) -> str:
 
 
 def main():
-    with ExitStack() as stack:
-        finetune(stack)
-
-
-def finetune(stack):
-    """One run; what it locks is freed by the stack."""
-    settings = read_settings(globals(), LEAST, CHOICES)
-    env, out = Device(device, dtype), Path(out_dir)
-    if env.type == "cpu":
-        keep_freed_memory()
-    say = partial(print, flush=True) if env.rank == 0 else lambda *args: None
+    settings, env, out = begin(globals(), LEAST, CHOICES)
+    say = env.say
 
     # ---- the model, pretrained or resumed ----
-    torch.manual_seed(seed)
     checkpoint = None
     if Path(init_from).resolve() in (out.resolve(), out.resolve() / "best"):
         raise ValueError(f"init_from={init_from} is the run's own folder, whose best/ this run "
                          "overwrites; give another --out_dir")
     if init_from == "resume" and not (out / "ckpt.pt").is_file():
         raise ValueError(f"no {out / 'ckpt.pt'} to resume from; give a model with --init_from")
-    stack.enter_context(locked(out, env))
+    env.lock(out)
     if init_from == "resume":
         checkpoint = read_checkpoint(out / "ckpt.pt", CHECKPOINT)
         same_settings(out / "ckpt.pt", checkpoint, settings, FIXED)

@@ -15,7 +15,6 @@ import json
 import math
 import re
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -25,14 +24,11 @@ import torch
 from sacrebleu.metrics import CHRF
 
 from common import (
-    Device,
     Metrics,
     Skips,
-    keep_freed_memory,
+    begin,
     load_model,
-    locked,
     lr_scale,
-    read_settings,
     save_best,
     set_aside,
 )
@@ -344,21 +340,11 @@ def train(model: GPT, tok, rows, dev, out: Path, env) -> tuple[float, int]:
 
 
 def main():
-    with ExitStack() as stack:
-        finetune(stack)
-
-
-def finetune(stack):
-    """One run; what it locks is freed by the stack."""
-    settings = read_settings(globals(), LEAST, CHOICES)
+    settings, env, out = begin(globals(), LEAST, CHOICES)
     poems, prompts, gold, test = read_data(data_dir)
-    env = Device(device, "float32")
     if env.world > 1:
         raise ValueError("sonnet.py runs in one process: python sonnet.py, without torchrun")
-    where = env.device
-    out, clock = Path(out_dir), time.perf_counter()
-    keep_freed_memory()
-    torch.manual_seed(seed)
+    where, clock = env.device, time.perf_counter()
     if init_from == "scratch":
         tok = open_tokenizer(tokenizer)
         model = GPT(GPTConfig(block_size, tok.vocab_size, n_layer, n_head, n_embd, dropout))
@@ -376,7 +362,7 @@ def finetune(stack):
     model.to(where)
     print(f"{init_from}: {model.num_params():,} parameters, {trained:,} trained ({mode}), {tok.name} "
           f"tokens; {len(rows)} poems of {fmean(map(len, rows)):.0f} tokens", flush=True)
-    stack.enter_context(locked(out, env))
+    env.lock(out)
     dev_loss, epoch = train(model, tok, rows, dev, out, env)
     nats = dev_loss * sum(len(row) - 1 for row in dev)
     dev_bpb = nats / math.log(2) / sum(len(poem.encode()) for poem in gold.values())
@@ -413,6 +399,7 @@ def finetune(stack):
     first = next(iter(finished))
     print(f"{first}\n\n{finished[first]}\n\n{label(decoding)}: the {len(finished)} test poems are in "
           f"{out / 'generated_sonnets.txt'}")
+    env.close()
 
 
 if __name__ == "__main__":

@@ -394,7 +394,7 @@ def test_without_data_it_says_where_to_get_it(tmp_path):
 
 
 def test_it_runs_in_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "Device", lambda *args: SimpleNamespace(world=2))
+    monkeypatch.setattr("common.Device", lambda *args: SimpleNamespace(world=2, type="cpu"))
     with pytest.raises(ValueError, match="one process"):
         run(course(tmp_path / "data"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

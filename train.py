@@ -13,29 +13,24 @@ import gc
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
-from functools import partial
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 
 from common import (
-    Device,
     Metrics,
     Skips,
     StopSignal,
+    begin,
     checkpoints,
     command_line,
     fitting,
-    keep_freed_memory,
-    locked,
     lr_scale,
     micro_batch_seed,
     micro_batches,
     model_tokenizer,
     newest_checkpoint,
-    read_settings,
     restore,
     same_settings,
     save_best,
@@ -188,19 +183,8 @@ def duration(seconds: float) -> str:
 
 
 def main():
-    with ExitStack() as stack:
-        train(stack)
-
-
-def train(stack):
-    """One run; what it locks is freed by the stack."""
-    settings = read_settings(globals(), LEAST)
-    env = Device(device, dtype)
-    if env.type == "cpu":
-        keep_freed_memory()
-    settings["ranks"] = env.world
-    say = partial(print, flush=True) if env.rank == 0 else lambda *args, **kwargs: None
-    out = Path(out_dir)
+    settings, env, out = begin(globals(), LEAST)
+    settings["ranks"], say = env.world, env.say
     for name in ("out_dir", "dataset", "init_from"):
         if not settings[name].strip() or "\0" in settings[name]:
             raise ValueError(f"{name}={settings[name]!r} names nothing; --help says what it may be")
@@ -223,10 +207,9 @@ def train(stack):
     if init_from == "resume" and not checkpoints(out):
         raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start with --init_from=scratch")
     if not eval_only:
-        stack.enter_context(locked(out, env))
+        env.lock(out)
 
     # ---- the model: new, resumed or pretrained ----
-    torch.manual_seed(seed)
     path, checkpoint = None, None
     if init_from in ("resume", "auto"):
         path, checkpoint, faults = newest_checkpoint(out)
