@@ -4,6 +4,7 @@
     python bench.py train --batch_size=1 --block_size=1024 --kinds float32 bfloat16
     python bench.py growth                                 # a step's time against T, B, layers, V
     python bench.py race --dataset=ts --peer=../nanoGPT    # seconds to a validation loss
+    python bench.py instruct --data=FILE                   # LoRA, beside transformers and PEFT
     python bench.py decode --new 64 256 --batch 1 8 --peer=../nanoGPT --repeats=5
     python bench.py load --preset=gpt2-xl
 """
@@ -29,11 +30,12 @@ from tqdm import tqdm
 
 from common import Device, Metrics, keep_freed_memory
 from configurator import run
-from data import Split, WindowOrder, data_folder
+from data import Split, WindowOrder, data_folder, fill_template, read_table
 from decode import prepare
 from model import GPT, PRESETS, GPTConfig
 from ops import linear
 from optim import build_optimizer
+from tokenizer import open_tokenizer
 
 peer: str | None = None  # folder of a nanoGPT checkout
 repeats = 3  # of each measurement, in turn; the median counts
@@ -52,6 +54,9 @@ target = 1.898  # loss over the whole validation split
 seeds = [1, 2, 3]
 race_config = "config/race.py"
 png = "race.png"  # loss against seconds
+# instruct
+data: str | None = None  # records, as finetune_instruct.py reads them
+init_from = "weights"
 # decode
 prompt = 16  # tokens of the prompt
 new = [64, 256, 960]  # tokens decoded behind it: a row for each
@@ -59,7 +64,7 @@ batch = [1, 8, 64]  # prompts decoded together: a row for each
 max_seconds = 60.0  # what would take longer is left out, what would three times over runs once
 
 HERE = Path(__file__).resolve().parent
-COMMANDS = "train", "growth", "race", "decode", "load", "step"
+COMMANDS = "train", "growth", "race", "instruct", "decode", "load", "step"
 
 
 def matvec_rate(model, M: int) -> float:
@@ -507,6 +512,69 @@ def race():
     print(f"median ratio {statistics.median(ratios):.2f}; picture: {png}")
 
 
+# ---- fine-tuning ----
+
+PEFT_LOOP = """
+import json, random, sys, time, torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2LMHeadModel
+from common import Device
+rows, env = json.load(open(sys.argv[1])), Device(sys.argv[3], "float32")
+model = get_peft_model(GPT2LMHeadModel.from_pretrained(sys.argv[2]), LoraConfig(
+    r=16, lora_alpha=32, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True,
+    task_type="CAUSAL_LM")).to(env.device).train()
+update = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+random.Random(0).shuffle(rows)
+start = time.perf_counter()
+for i in range(0, len(rows), 8):
+    batch = rows[i:i + 8]
+    T = max(len(prompt) + len(answer) for prompt, answer in batch)
+    ids = torch.tensor([p + a + [0] * (T - len(p + a)) for p, a in batch])
+    mask = torch.tensor([[1] * len(p + a) + [0] * (T - len(p + a)) for p, a in batch])
+    labels = torch.tensor([[-100] * len(p) + a + [-100] * (T - len(p + a)) for p, a in batch])
+    model(input_ids=ids.to(env.device), attention_mask=mask.to(env.device),
+          labels=labels.to(env.device)).loss.backward()
+    update.step()
+    update.zero_grad()
+seconds = time.perf_counter() - start
+print(json.dumps([sum(len(answer) for _, answer in rows) / seconds, (env.peak_memory() or 0) / 1e6]))
+"""
+
+
+def instruct():
+    """An epoch of instruction records with adapters of rank 16 that start at random, 8 records an
+    update: by finetune_instruct.py, and by a loop of transformers and PEFT that pads batches."""
+    if not data or not Path(data).is_file():
+        raise ValueError("give records as finetune_instruct.py reads them: --data=FILE"
+                         + f"; {data} is none" * bool(data))
+    found, body = {"ours": [], "PEFT": []}, Path(init_from)
+    with tempfile.TemporaryDirectory() as folder:
+        best, rows = Path(folder, "run/best"), []
+        for turn in tqdm(range(repeats), desc="repeats", disable=None):
+            script("finetune_instruct.py", f"--data={Path(data).resolve()}", f"--device={device}",
+                   f"--init_from={body.resolve() if body.is_dir() else body}", "--epochs=1",
+                   f"--out_dir={folder}/run", "--dtype=float32", "--mode=lora", "--lora_align=0",
+                   "--max_new_tokens=1", "--num_answers=0")
+            result = json.loads(Path(folder, "run/results.json").read_text())
+            found["ours"].append((result["tokens_per_s"], result["peak_memory_mb"]))
+            if turn == 0:
+                tokenizer, form = open_tokenizer(best), (best / "template.txt").read_text().rstrip()
+                for row in read_table(data):
+                    prompt = "".join(fill_template(form, row["instruction"], row.get("input") or ""))
+                    rows.append((tokenizer.encode(prompt).tolist(),
+                                 [*tokenizer.encode(row["output"]).tolist(), tokenizer.eos_id]))
+                Path(folder, "rows.json").write_text(json.dumps(rows))
+                base = json.loads(Path(folder, "run/adapter/adapter_config.json").read_text())
+            found["PEFT"].append(json.loads(script(
+                "-c", PEFT_LOOP, f"{folder}/rows.json", base["base_model_name_or_path"], device)))
+    print(f"{init_from}, LoRA of rank 16, 8 of {len(rows):,} records an update, float32, "
+          f"{torch.get_num_threads()} threads; median of {repeats}, in turn\n"
+          f"{'':6}{'answer tokens/s':>17}{'peak MB':>9}{'x PEFT':>8}")
+    median = {who: [statistics.median(column) for column in zip(*runs)] for who, runs in found.items()}
+    for who, (rate, peak) in median.items():
+        print(f"{who:6}{rate:17,.0f}{peak:9,.0f}{rate / median['PEFT'][0]:8.2f}")
+
+
 def main(command, *words):
     warnings.simplefilter("ignore")
     if command == "step" and len(words) != 2:
@@ -520,7 +588,7 @@ def main(command, *words):
         raise ValueError(f"preset={preset!r} is unknown: {', '.join(PRESETS)}")
     if block_size > PRESETS[preset].block_size:
         raise ValueError(f"block_size must be at most {PRESETS[preset].block_size}, got {block_size}")
-    {"train": train_step, "growth": growth, "race": race, "decode": decode, "load": load,
+    {"train": train_step, "growth": growth, "race": race, "instruct": instruct, "decode": decode, "load": load,
      "step": measure_steps}[command](*words)
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import bench
+from common import save_best
 from configurator import configure, find_settings
-from model import GPTConfig
+from model import GPT, GPTConfig
 from test_train import script
+from tokenizer import open_tokenizer
 
 HERE = Path(__file__).parent
 DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(bench)).items()}
@@ -28,6 +30,17 @@ def test_a_measured_step():
     found = json.loads(text.splitlines()[0])
     assert [len(step) for step in found["parts"]] == [4, 4] and min(map(min, found["parts"])) > 0
     assert found["peak"] > 2  # GB: weights, gradients and two moments of 124 M parameters
+
+
+def test_instructions_beside_peft(tmp_path):
+    save_best(tmp_path, GPT(GPTConfig(512, 256, 1, 2, 16)), open_tokenizer("bytes"))
+    (tmp_path / "data.json").write_text(json.dumps([
+        {"instruction": f"Add {n} and 1.", "input": None, "output": str(n + 1)} for n in range(40)]))
+    text = script(HERE / "bench.py", "instruct", "--data=data.json", "--init_from=.", "--repeats=1",
+                  "--device=cpu", cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+    ours, theirs = (line.replace(",", "").split() for line in text.splitlines()
+                    if line[:4] in ("ours", "PEFT"))
+    assert min(map(float, ours[1:] + theirs[1:])) > 0 and theirs[3] == "1.00"
 
 
 def test_on_a_gpu(monkeypatch, capsys):
@@ -53,6 +66,7 @@ def test_on_a_gpu(monkeypatch, capsys):
     (["train", "--peer=no/where"], "no model.py"), (["train", "--steps=0"], "steps"),
     (["train", "--preset=gpt3"], "gpt2-xl"), (["train", "--block_size=2000"], "1024"),
     (["decode", "--new", "2000"], "1 … 1008"), (["decode", "--kinds", "int4"], "int4"),
+    (["instruct"], "--data=FILE"), (["instruct", "--data=no/file"], "no/file is none"),
     (["step", "ours"], "bench.py train"), (["growth", "extra"], "unexpected")])
 def test_mistakes_are_one_line(argv, word):
     with pytest.raises(ValueError, match=word) as e:
