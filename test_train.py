@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 
 import sample
@@ -339,19 +340,22 @@ def test_run_folder_and_sample(shared, tmp_path, capsys):
     assert f"loss {row['val_loss']:.4f}" in capsys.readouterr().out
 
 
-def test_evaluation_is_the_mean_over_the_whole_split(shared, tmp_path):
+def test_evaluation_is_the_mean_over_the_whole_split(shared, tmp_path, capsys):
     common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}", "--max_steps=1"]
     run_train(*common)
     model = GPT.from_pretrained(tmp_path)
     ids = torch.from_numpy(np.fromfile(shared / "c" / "val_00000.bin", np.uint8).astype(np.int64))
-    total = 0.0
-    for start in range(0, len(ids) - 1, 16):
-        x, y = ids[start:start + 17][:-1], ids[start + 1:start + 17]
-        total += torch.nn.functional.cross_entropy(model(x[None])[0][0], y, reduction="sum").item()
-    loss = total / (len(ids) - 1)
+
+    def mean(T):
+        total = 0.0
+        for x, y in zip(ids[:-1].split(T), ids[1:].split(T)):
+            total += F.cross_entropy(model(x[None])[0][0], y, reduction="sum").item()
+        return total / (len(ids) - 1)
     row = rows(tmp_path)[-1]
-    assert math.isclose(row["val_loss"], loss, rel_tol=1e-5)
-    assert math.isclose(row["val_bpb"], loss / math.log(2), rel_tol=1e-4)  # ASCII, no end-of-text
+    assert math.isclose(row["val_loss"], mean(16), rel_tol=1e-5)
+    assert math.isclose(row["val_bpb"], mean(16) / math.log(2), rel_tol=1e-4)  # ASCII, no end-of-text
+    run_train(*common, "--eval_only", f"--init_from={tmp_path}", "--block_size=8")
+    assert f"loss {mean(8):.4f}" in capsys.readouterr().out
 
 
 def test_evaluation_holds_no_more_logits_than_its_limit(monkeypatch):
@@ -364,6 +368,7 @@ def test_evaluation_holds_no_more_logits_than_its_limit(monkeypatch):
     model, seen = GPT(GPTConfig(64, 11, 1, 1, 8)), []
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     losses = set()
+    monkeypatch.setattr(train, "block_size", 64)
     for rows in (1, 70):
         monkeypatch.setattr(train, "batch_size", rows)
         losses.add(train.evaluate(model, Ids(), Device("cpu"))["val_loss"])

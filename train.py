@@ -106,7 +106,8 @@ FIXED = ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "activa
 def evaluate(model, split, env) -> dict:
     """Mean loss over fixed windows of a split, shared among the ranks: val_loss (nats a token),
     val_ppl and, where the bytes of its text are known, val_bpb (bits a UTF-8 byte)."""
-    T, tokens = model.config.block_size, split.tokens - 1  # the first is not predicted
+    T = min(block_size, model.config.block_size)
+    tokens = split.tokens - 1  # the first is not predicted
     if eval_tokens is not None:
         tokens = min(tokens, eval_tokens)
     rows = max(1, min(4096, 2**26 // model.config.vocab_size) // T)  # by the size of the logits
