@@ -276,9 +276,10 @@ def load():
 # ---- training steps ----
 
 def matmul_rate(env) -> float:
-    """FLOP/s of a product of two 2048 x 2048 matrices in the dtype of env."""
-    a, b = (torch.randn(2048, 2048, device=env.device, dtype=env.dtype) for _ in range(2))
-    return 2 * 2048**3 / median_seconds(lambda: linear(a, b), 9)
+    """FLOP/s of a product of two square matrices, large enough for the device, in the dtype of env."""
+    n = 8192 if env.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=env.device, dtype=env.dtype) for _ in range(2))
+    return 2 * n**3 / median_seconds(lambda: linear(a, b), 9)
 
 
 def trainee(who: str, env):
@@ -293,7 +294,8 @@ def trainee(who: str, env):
     sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
     if who == "nanoGPT":
         module = load_peer()
-        model = module.GPT(module.GPTConfig(bias=True, vocab_size=c.vocab_size, **sizes))
+        padded = -(-c.vocab_size // 64) * 64  # 50,304, its own default
+        model = module.GPT(module.GPTConfig(bias=True, vocab_size=padded, **sizes))
         model = model.to(env.device)
         update = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), env.type)
         net = torch.compile(model) if compile or compile is None and env.type == "cuda" else model
@@ -346,7 +348,8 @@ def train_step():
     autocast = [kind for kind in kinds if kind != "int8"]
     if not autocast:
         raise ValueError(f"kinds={kinds} has nothing to train in: float32, bfloat16 or float16")
-    names = ["ours", "transformers"] + ["nanoGPT"] * bool(peer)
+    names = ["ours"] + ["transformers"] * bool(importlib.util.find_spec("transformers")) + [
+        "nanoGPT"] * bool(peer)
     if peer:
         load_peer()
     found = {(who, kind): [] for kind in autocast for who in names}

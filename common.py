@@ -167,9 +167,10 @@ class Device:
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
-        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # as the scaler does it: a GPU
+        elif self.type != "mps" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # as the scaler does it: a GPU need not be waited for. On MPS found_inf is ignored.
             optimizer.grad_scale, optimizer.found_inf = None, 1 - norm.isfinite().float()
-            optimizer.step()  # need not be waited for
+            optimizer.step()
         elif norm.isfinite():
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -145,9 +145,9 @@ def prepare(model: GPT, quantize: str | None = None, compile: bool = False) -> G
     weight = model.transformer.wte.weight
     if weight.device.type == "cuda":
         model.next_logits = GraphedStep(model, compile)
-    fast = {torch.float32: torch.backends.mkldnn.is_available,
-            torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported}
-    packs = weight.device.type == "cpu" and fast.get(weight.dtype, lambda: False)()
+    packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+        weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # which builds without oneDNN have not
     if quantize and weight.device.type != "cpu":
         raise ValueError("quantize=int8 is for CPUs; on a GPU --dtype=bfloat16 serves")
     if quantize is None and not packs:

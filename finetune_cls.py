@@ -469,6 +469,7 @@ def classify(env, gpt, tokenizer, head_weight, config: dict):
 def main():
     settings, env, out = begin(globals(), LEAST, CHOICES)
     say = env.say
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
     gpt, tokenizer, head_weight, config = load(init_from)
     if predict or predict_file:
         return classify(env, gpt, tokenizer, head_weight, config)

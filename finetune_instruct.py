@@ -46,7 +46,7 @@ from common import (
 )
 from configurator import run
 from data import digest, fill_template, read_table
-from decode import left_padded
+from decode import left_padded, prepare
 from files import local_folder, write_text
 from lora import align, merge, save_adapter, set_trainable, unmerge
 from model import GPT, GPTConfig
@@ -302,6 +302,7 @@ def table(rows: list[dict], columns) -> str:
 def main():
     settings, env, out = begin(globals(), LEAST, CHOICES)
     say = env.say
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
 
     # ---- the model, pretrained or resumed ----
     checkpoint = None
@@ -471,7 +472,7 @@ def main():
     best = GPT.from_pretrained(out / "best").to(env.device)
     after = evaluate(AnswerLoss(best), test, env)
     if env.rank == 0:
-        texts = answers(best, tokenizer, [prompt for prompt, _ in test])
+        texts = answers(prepare(best), tokenizer, [prompt for prompt, _ in test])
         judged = [records[i] | {"answer": text} for i, text in zip(parts[2], texts)]
         references = [row["output"] for row in judged]
         nats = after * sum(len(answer) for _, answer in test)

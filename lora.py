@@ -69,7 +69,9 @@ def align(model, backward):
         backward()
     for layer in layers:
         rank = min(layer.rank, *layer.weight.shape)
-        *_, V = torch.svd_lowrank(layer.weight.grad, min(rank + 8, *layer.weight.shape), niter=4)
+        grad = layer.weight.grad
+        *_, V = torch.svd_lowrank(grad.cpu() if grad.is_mps else grad,  # no QR there, or a slow one
+                                  min(rank + 8, *grad.shape), niter=4)
         layer.lora_A[:rank] = V[:, :rank].t() / math.sqrt(3)  # rows as long as at random
         layer.weight.grad = None
         layer.weight.requires_grad_(False)

@@ -120,7 +120,8 @@ class Attention(nn.Module):
         with torch.autocast("cpu", enabled=False) if wide else nullcontext():
             y = F.scaled_dot_product_attention(
                 *(t.float() if wide else t for t in (q, k, v)), attn_mask=mask,
-                is_causal=mask is None and T > 1, dropout_p=self.dropout if self.training else 0.0)
+                is_causal=True if mask is None and T > 1 else False,  # noqa: SIM210 (no symbolic bool)
+                dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C).to(q.dtype))
         return F.dropout(y, self.dropout, self.training)
 

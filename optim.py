@@ -70,7 +70,8 @@ def orthogonalize(G, steps: int = 5):
     """Matrices G (B, m, n) with all singular values moved to about 1 (0.7 to 1.2), by `steps`
     Newton-Schulz iterations; those below some 1e-3 of the norm may stay smaller. float32 is done in
     bfloat16 where the chip has units for it: exact enough, and twice as fast."""
-    has_bf16 = G.is_cuda or G.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    has_bf16 = (torch.cuda.get_device_capability(G.device) >= (8, 0) if G.is_cuda else
+                G.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
     X = G.bfloat16() if has_bf16 and G.dtype == torch.float32 else G
     if tall := X.size(-2) > X.size(-1):
         X = X.mT  # so that X Xᵀ is the smaller of the two

@@ -111,7 +111,8 @@ def test_steps_of_fixed_shape_equal_the_others(compile):
         assert torch.allclose(a, b)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 units")
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available()
+                    or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 units")
 def test_bfloat16_weights_are_laid_out_too():
     model, x = tiny().bfloat16(), ids()
     logits = model(x)[0].float()

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 
 import finetune_instruct as script
 import sample as sampler
-from common import load_model, save_best
+from common import Device, load_model, save_best
 from configurator import configure, find_settings
 from convert import load_nanogpt
 from files import load_torch
@@ -404,10 +405,21 @@ def test_a_batch_has_the_loss_and_gradients_of_its_records_alone(on_all):
     assert abs(loss.item() - total.item()) < 1e-10
     for name, p in model.named_parameters():
         assert (p.grad - want[name]).abs().max() < 1e-10, name
-    env = script.Device("cpu")
+    env = Device("cpu")
     mean = script.evaluate(script.AnswerLoss(model), rows, env)
     if not on_all:
         assert math.isclose(mean, total.item() / 27, rel_tol=1e-12)
+
+
+def test_compiled_batches_of_all_shapes_are_few_whole_graphs():
+    torch._dynamo.reset()
+    net, graphs = script.AnswerLoss(tiny().float().train()), CompileCounter()
+    whole = torch.compile(net, backend=graphs, dynamic=True, fullgraph=True)
+    for n in range(2, 8):
+        rows = [([5, 6] * (n > 4) + [40 + i] * (n + i), [7] * n) for i in range(n)]
+        batch = script.collate(rows, False, "cpu")
+        assert math.isclose(whole(*batch).item(), net(*batch).item(), rel_tol=1e-5)
+    assert graphs.frame_count <= 4
 
 
 def test_answers_of_a_batch_are_those_of_each_alone(monkeypatch):

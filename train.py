@@ -296,11 +296,13 @@ def main():
     per_update = accumulation * env.world * batch_size * block_size
 
     def batch(first):
-        """The micro-batch that starts after `first` windows: x, y (B, T)."""
+        """The ids (B, T + 1) of the micro-batch that starts after `first` windows."""
         ids = torch.from_numpy(data.train.rows(order(first, batch_size), block_size + 1))
-        if env.type == "cuda":
-            ids = ids.pin_memory()
-        ids = ids.to(env.device, non_blocking=True)
+        return ids.pin_memory() if env.type == "cuda" else ids
+
+    def placed(ids):
+        """x, y (B, T) on the device. Other devices read memory that is not pinned when it is gone."""
+        ids = ids.to(env.device, non_blocking=env.type == "cuda")
         return ids[:, :-1], ids[:, 1:]
 
     say(f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
@@ -312,7 +314,7 @@ def main():
         f"{str(env.dtype).removeprefix('torch.')}")
     model = raw_model.train()
     if compile or compile is None and env.type == "cuda":
-        model = compiled(raw_model, *batch(0), env)
+        model = compiled(raw_model, *placed(batch(0)), env)
     model = env.parallel(model)
 
     # ---- what is kept of the run ----
@@ -388,7 +390,7 @@ def main():
         for micro in range(accumulation):
             number = micro * env.world + env.rank  # of this micro-batch in the whole job's step
             torch.manual_seed(micro_batch_seed(seed, step, number))
-            x, y = coming.result()
+            x, y = placed(coming.result())
             last = micro == accumulation - 1
             coming = fetch(windows + last * per_update // block_size, 0 if last else micro + 1)
             with nullcontext() if last or env.world == 1 else model.no_sync():
@@ -402,8 +404,10 @@ def main():
 
         last = step == max_steps
         seen = last or step % eval_interval == 0
-        stopping = env.sum(bool(stop.received))[0] > 0  # on every rank, or none
-        if not (seen or stopping or step % log_interval == 0):
+        shown = seen or step % log_interval == 0
+        stopping = ((shown or env.world == 1 or env.type == "cpu")  # else each step waits for the GPU
+                    and env.sum(bool(stop.received))[0] > 0)  # on every rank, or none
+        if not (shown or stopping):
             continue
         loss = env.sum(loss_sum.item())[0]
         skips.see(norms, step, say, where, "lower --learning_rate" + (
@@ -422,7 +426,7 @@ def main():
             + (f"  mfu {mfu:.1%}" if mfu else "") + f"  left {duration((max_steps - step) / rate)}")
         if seen:
             evaluate_and_keep(row)
-        if seen or step % log_interval == 0:  # else this stop would leave a row of its own
+        if shown:  # else this stop would leave a row of its own
             log(row)
         if seen or stopping:
             save()
