@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import itertools
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Device, Metrics, keep_freed_memory
+from common import Device, Metrics, figure, keep_freed_memory, read_settings
 from configurator import run
 from data import Split, WindowOrder, data_folder, fill_template, read_table
 from decode import prepare
@@ -124,6 +123,19 @@ def load_peer():
     return module
 
 
+def another(who: str, env):
+    """The preset's network as transformers or nanoGPT builds it, without dropout."""
+    c = PRESETS[preset]
+    sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+    if who == "nanoGPT":
+        module, padded = load_peer(), -(-c.vocab_size // 64) * 64  # 50,304, its own default
+        return module.GPT(module.GPTConfig(bias=True, vocab_size=padded, **sizes)).to(env.device)
+    import transformers
+    transformers.logging.set_verbosity_error()
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)).to(env.device)
+
+
 def decoders(env) -> dict:
     """{name: (function(idx, n) that decodes n tokens greedily, bytes of a weight, MB of weights)};
     all of ours start from the same weights."""
@@ -152,20 +164,14 @@ def decoders(env) -> dict:
         add(f"ours {kind}", widths[kind], *ours(kind))
     add("ours, unprepared", 4, *ours("float32", fast=False))
     try:
-        import transformers
-        transformers.logging.set_verbosity_error()
-        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)).to(env.device)
+        hf = another("transformers", env)
         add("transformers", 4, hf, lambda idx, n: hf.eval().generate(
             idx, attention_mask=torch.ones_like(idx), max_new_tokens=n, min_new_tokens=n,
             do_sample=False, pad_token_id=0))
     except ImportError:
         print("transformers is not installed: no row for it (pip install transformers)")
     if peer:
-        module = load_peer()
-        nano = module.GPT(module.GPTConfig(
-            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, bias=True,
-            vocab_size=config.vocab_size)).to(env.device).eval()
+        nano = another("nanoGPT", env).eval()
         add("nanoGPT", 4, nano, lambda idx, n: nano.generate(idx, n, top_k=1))
     return found
 
@@ -219,7 +225,8 @@ def decode():
 
 
 LOAD = """
-import sys, threading, time, warnings
+import os, sys, threading, time, warnings
+os.environ["HF_HUB_OFFLINE"] = "1"
 warnings.simplefilter("ignore")
 if sys.argv[1] == "ours":
     from model import GPT as Model
@@ -259,13 +266,8 @@ def load():
         found = {"ours": [], "transformers": []}
         for _ in range(repeats + 1):
             for name, measured in found.items():
-                out = subprocess.run(
-                    [sys.executable, "-c", LOAD, name, folder], cwd=Path(__file__).parent,
-                    capture_output=True, text=True, check=False,
-                    env=os.environ | {"HF_HUB_OFFLINE": "1"})
-                if out.returncode:
-                    raise ValueError(f"{name} failed: {out.stderr.strip().splitlines()[-1]}")
-                measured.append([float(x) for x in out.stdout.split()])
+                text = script("-c", LOAD, name, folder, who=name)
+                measured.append([float(x) for x in text.split()])
     print(f"{preset}, {size:,.0f} MB in float32, from the page cache; median of {repeats}, in turn\n"
           f"{'':14}{'seconds':>9}{'peak MB':>10}{'of its size':>13}")
     for name, measured in found.items():
@@ -284,29 +286,17 @@ def matmul_rate(env) -> float:
 
 def trainee(who: str, env):
     """(model, loss(x, y), optimizer) of ours, transformers or nanoGPT, as each one's users train."""
-    c = PRESETS[preset]
     torch.manual_seed(0)
-    if who == "ours":
-        model = GPT(c).to(env.device)
-        update = build_optimizer(model, optimizer, 6e-4, 0.1, (0.9, 0.95))
-        net = torch.compile(model) if compile or compile is None and env.type == "cuda" else model
-        return model, lambda x, y: net(x, y)[1], update
-    sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
-    if who == "nanoGPT":
-        module = load_peer()
-        padded = -(-c.vocab_size // 64) * 64  # 50,304, its own default
-        model = module.GPT(module.GPTConfig(bias=True, vocab_size=padded, **sizes))
-        model = model.to(env.device)
-        update = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), env.type)
-        net = torch.compile(model) if compile or compile is None and env.type == "cuda" else model
-        return model, lambda x, y: net(x, y)[1], update
-    import transformers
-    transformers.logging.set_verbosity_error()
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)).to(env.device).train()
-    update = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    # they shift the labels themselves: y behind the first token of x
-    return model, lambda x, y: model(x, labels=torch.cat([x[:, :1], y[:, :-1]], 1)).loss, update
+    model = GPT(PRESETS[preset]).to(env.device) if who == "ours" else another(who, env).train()
+    if who == "transformers":
+        update = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        # they shift the labels themselves: y behind the first token of x
+        return model, lambda x, y: model(
+            x, labels=torch.cat([x[:, :1], y[:, :-1]], 1)).loss, update
+    update = (build_optimizer(model, optimizer, 6e-4, 0.1, (0.9, 0.95)) if who == "ours" else
+              model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), env.type))
+    net = torch.compile(model) if compile or compile is None and env.type == "cuda" else model
+    return model, lambda x, y: net(x, y)[1], update
 
 
 def measure_steps(who: str, kind: str):
@@ -353,17 +343,13 @@ def train_step():
     if peer:
         load_peer()
     found = {(who, kind): [] for kind in autocast for who in names}
+    words = [f"--{name}={globals()[name]}" for name in (
+        "peer", "device", "preset", "compile", "batch_size", "block_size", "steps", "optimizer")
+        if globals()[name] is not None]
     for _ in tqdm(range(repeats), desc="repeats", disable=None):
         for (who, kind), measured in found.items():
-            words = [f"--{name}={value}" for name, value in (
-                ("peer", peer), ("device", device), ("preset", preset), ("compile", compile),
-                ("batch_size", batch_size), ("block_size", block_size), ("steps", steps),
-                ("optimizer", optimizer)) if value is not None]
-            out = subprocess.run([sys.executable, HERE / "bench.py", "step", who, kind, *words],
-                                 capture_output=True, text=True, check=False)
-            if out.returncode:
-                raise ValueError(f"{who} failed: {(out.stderr.strip() or '-').splitlines()[-1]}")
-            measured.append(json.loads(out.stdout))
+            measured.append(json.loads(script(
+                HERE / "bench.py", "step", who, kind, *words, cwd=None, who=who)))
     model = GPT(PRESETS[preset])
     env = Device(device, autocast[0])
     print(f"{preset}, {env.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
@@ -413,9 +399,7 @@ def growth():
                 with env.autocast():
                     loss = model(x, x)[1]
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                update.step()
-                update.zero_grad(set_to_none=True)
+                env.update(update, model.parameters(), 1.0)
             seconds = median_seconds(step, 5 * repeats)
             speed = x.numel() / seconds
             print(f"{name:11}{value:8,}{1e3 * seconds:11.1f}{speed:9,.0f}"
@@ -432,19 +416,14 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-def script(*words, cwd=HERE) -> str:
+def script(*words, cwd=HERE, who=None) -> str:
     """Output of a Python command; ValueError with its last line if it fails."""
     out = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True,
                          check=False)
     if out.returncode:
-        raise ValueError(f"{words[0]} failed: {(out.stderr.strip() or '-').splitlines()[-1]}")
+        last = (out.stderr.strip() or "-").splitlines()[-1]
+        raise ValueError(f"{who or words[0]} failed: {last}")
     return out.stdout
-
-
-def eval_loss(folder) -> float:
-    text = script("train.py", "--eval_only", f"--init_from={folder}", f"--dataset={dataset}",
-                  "--block_size=64", "--device=cpu")
-    return float(re.search(r"loss ([\d.]+)", text)[1])
 
 
 def race_nanogpt(seed: int, folder: Path):
@@ -462,7 +441,10 @@ def race_nanogpt(seed: int, folder: Path):
     seconds = np.cumsum([min(s, usual) if i in (0, 2000) else s for i, (_, s) in enumerate(steps)])
     script("convert.py", f"--input={folder}/ckpt.pt", f"--out={folder}/hf",
            f"--tokenizer={Path(peer).resolve()}/data/shakespeare_char/meta.pkl")
-    return list(zip(seconds, (loss for loss, _ in steps))), eval_loss(folder / "hf")
+    text = script("train.py", "--eval_only", f"--init_from={folder}/hf", f"--dataset={dataset}",
+                  "--block_size=64", "--device=cpu")
+    return (list(zip(seconds, (loss for loss, _ in steps))),
+            float(re.search(r"loss ([\d.]+)", text)[1]))
 
 
 def race_ours(seed: int, folder: Path):
@@ -484,14 +466,10 @@ def race():
     if tokens[0] != tokens[1]:
         raise ValueError(f"not the same text: {sizes[0]} has {tokens[0]} tokens, {sizes[1]} "
                          f"{tokens[1]}")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 4.2), dpi=110, layout="constrained")
     print(f"loss over the whole validation split, target {target}; cpu, {torch.get_num_threads()} "
           f"threads\nseed {'':8}seconds     loss  reached   ratio")
     ratios = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, figure(png) as ax:
         for seed in tqdm(seeds, desc="seeds", disable=None):
             seconds = {}
             for who, racer, colour in (("nanoGPT", race_nanogpt, "tab:orange"),
@@ -507,11 +485,10 @@ def race():
                 print(f"{seed:4} {who:8}{seconds[who]:7.1f}{loss:9.4f}"
                       f"{'yes' if loss <= target else 'no':>9}{ratio}", flush=True)
             ratios.append(seconds["nanoGPT"] / seconds["ours"])
-    ax.axhline(target, color="gray", lw=0.8, ls="--")
-    ax.set(xlabel="seconds of training", ylabel="loss (nats a character)", ylim=(1.2, 3.2),
-           title="training loss (lines), whole validation split at the end (dots)")
-    ax.legend(frameon=False)
-    fig.savefig(png)
+        ax.axhline(target, color="gray", lw=0.8, ls="--")
+        ax.set(xlabel="seconds of training", ylabel="loss (nats a character)", ylim=(1.2, 3.2),
+               title="training loss (lines), whole validation split at the end (dots)")
+        ax.legend(frameon=False)
     print(f"median ratio {statistics.median(ratios):.2f}; picture: {png}")
 
 
@@ -584,11 +561,8 @@ def main(command, *words):
         raise ValueError("step WHO KIND is what bench.py train runs")
     if command != "step" and words:
         raise ValueError(f"unexpected word {words[0]!r}; a setting is written --key=value")
-    for name in ("repeats", "prompt", "batch_size", "block_size", "steps"):
-        if globals()[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {globals()[name]}")
-    if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is unknown: {', '.join(PRESETS)}")
+    read_settings(globals(), ("repeats", "prompt", "batch_size", "block_size", "steps"),
+                  {"preset": tuple(PRESETS)})
     if block_size > PRESETS[preset].block_size:
         raise ValueError(f"block_size must be at most {PRESETS[preset].block_size}, got {block_size}")
     {"train": train_step, "growth": growth, "race": race, "instruct": instruct, "decode": decode, "load": load,

@@ -190,28 +190,26 @@ class Device:
             os._exit(0)
 
 
-def read_settings(script: dict, least: dict, choices: dict | None = None) -> dict:
-    """The settings among a script's globals, by name; ValueError for one that is below its least
-    value or none of its choices."""
+def read_settings(script: dict, from_one: tuple, choices: dict | None = None) -> dict:
+    """The settings among a script's globals, by name; ValueError for a number that is not finite,
+    below 0, or below 1 where its name is in from_one, and for what is none of its choices."""
     settings = {k: v for k, v in script.items() if not k.startswith("_") and k.islower()
                 and isinstance(v, (int, float, str, list, type(None)))}
     for name, value in settings.items():
-        if isinstance(value, float) and not math.isfinite(value) or (
-                isinstance(value, int) and value >= 2**62):
-            raise ValueError(f"{name} must be a number below 2**62, got {value}")
-    for name, low in least.items():
-        if settings[name] is not None and settings[name] < low:
-            raise ValueError(f"{name} must be at least {low}, got {settings[name]}")
+        low, high = int(name in from_one), math.inf if isinstance(value, float) else 2**62
+        if isinstance(value, (int, float)) and not low <= value < high:
+            bound = f"at least {low}" if value < low else "a number below 2**62"
+            raise ValueError(f"{name} must be {bound}, got {value}")
     for name, known in (choices or {}).items():
         if settings[name] not in known:
             raise ValueError(f"{name} must be {' or '.join(known)}, got {settings[name]!r}")
     return settings
 
 
-def begin(script: dict, least: dict, choices: dict | None = None):
+def begin(script: dict, from_one: tuple, choices: dict | None = None):
     """(settings, Device, run folder) with which a training script starts, from its globals; torch is
     seeded and, on a CPU, freed memory kept."""
-    settings = read_settings(script, least, choices)
+    settings = read_settings(script, from_one, choices)
     env = Device(settings["device"], settings.get("dtype", "float32"))
     if env.type == "cpu":
         keep_freed_memory()
@@ -266,8 +264,6 @@ def micro_batches(total_batch_tokens: int | None, batch_size: int, block_size: i
                   ) -> int:
     """Micro-steps of each rank that make up one update; ValueError says which numbers would do."""
     one = batch_size * block_size * world
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if total_batch_tokens is None:
         return 1
     if total_batch_tokens < one or total_batch_tokens % one:
@@ -451,23 +447,31 @@ def set_damaged_aside(out_dir: Path, checkpoint: Path):
         os.replace(path, path.with_name(f"{path.name}.damaged"))
 
 
-def save_best(out_dir: Path, model, tokenizer):
-    """Puts a model and its tokenizer into OUT/best as a Hugging Face folder."""
-    file = out_dir / "best" / "tokenizer.json"
+def save_best(out_dir: Path, model, tokenizer, **config):
+    """Puts a model, its adapters merged, and its tokenizer into OUT/best as a Hugging Face folder,
+    which is whole at every moment. config: further fields of its config.json."""
+    from lora import merge, unmerge
+    best, new = out_dir / "best", out_dir / "best.part"
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    folder = best if (best / "config.json").is_file() else new
+    file = folder / "tokenizer.json"
     if not file.is_file() or file.read_text(encoding="utf-8") != tokenizer.to_json():
-        tokenizer.save(out_dir / "best")
-    model.save_pretrained(out_dir / "best", tokenizer.eos_id)
+        tokenizer.save(folder)
+    merge(model)
+    model.save_pretrained(folder, tokenizer.eos_id, **config)
+    unmerge(model)
+    if folder == new:
+        shutil.rmtree(best, ignore_errors=True)
+        os.replace(new, best)
 
 
 class Metrics:
     """OUT/metrics.jsonl, one JSON object a logged step, and OUT/loss.png drawn from it."""
 
-    def __init__(self, out_dir: Path, resume_step: int | None = None):
+    def __init__(self, out_dir: Path, resume_step: int = -1):
         """Starts an empty file or, given the step that a run resumes from, drops the later rows."""
         self.path, self.png = out_dir / "metrics.jsonl", out_dir / "loss.png"
-        self.rows = []
-        if resume_step is not None:
-            self.rows = [row for row in self.read(self.path) if row["step"] <= resume_step]
+        self.rows = [row for row in self.read(self.path) if row["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     @staticmethod
@@ -513,27 +517,32 @@ class Metrics:
 
     def plot(self, unit: str = "token"):
         """Training and validation loss, in nats a unit, against tokens."""
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        fig, ax = plt.subplots(figsize=(7, 4.2), dpi=110, layout="constrained")
-        for key, label, style in (("train_loss", "training", {"lw": 0.8, "alpha": 0.6}),
-                                  ("val_loss", "validation", {"lw": 1.8, "marker": "o", "ms": 3})):
-            points = [(row["tokens"], row[key]) for row in self.rows if key in row]
-            if points:
-                ax.plot(*zip(*points), label=label, **style)
-        last = next((row for row in reversed(self.rows) if "val_loss" in row), None)
-        if last:
-            ax.set_title(f"validation loss {last['val_loss']:.4f} after {last['step']:,} steps, "
-                         f"{last['elapsed_s'] / 60:.1f} min of training", fontsize=10)
-        ax.set(xlabel="training tokens", ylabel=f"loss (nats a {unit})")
-        ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-        ax.grid(alpha=0.25)
-        if ax.lines:
-            ax.legend(frameon=False)
-        with replacing(self.png) as tmp:
-            fig.savefig(tmp, format="png")
-        plt.close(fig)
+        from matplotlib.ticker import EngFormatter
+        with figure(self.png) as ax:
+            for key, label, style in (("train_loss", "training", {"lw": 0.8, "alpha": 0.6}),
+                                      ("val_loss", "validation", {"lw": 1.8, "marker": "o", "ms": 3})):
+                points = [(row["tokens"], row[key]) for row in self.rows if key in row]
+                if points:
+                    ax.plot(*zip(*points), label=label, **style)
+            last = next((row for row in reversed(self.rows) if "val_loss" in row), None)
+            if last:
+                ax.set_title(f"validation loss {last['val_loss']:.4f} after {last['step']:,} steps, "
+                             f"{last['elapsed_s'] / 60:.1f} min of training", fontsize=10)
+            ax.set(xlabel="training tokens", ylabel=f"loss (nats a {unit})")
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.grid(alpha=0.25)
+            if ax.lines:
+                ax.legend(frameon=False)
+
+
+@contextmanager
+def figure(png, size=(7, 4.2)):
+    """Axes to draw on, in inches; at the end they are written to a PNG file."""
+    from matplotlib.figure import Figure
+    fig = Figure(size, dpi=110, layout="constrained")
+    yield fig.subplots()
+    with replacing(png) as tmp:
+        fig.savefig(tmp, format="png")
 
 
 def set_aside(out_dir: Path):
@@ -552,12 +561,10 @@ def set_aside(out_dir: Path):
         if not (out_dir / "best").exists():
             return
     moving.mkdir(exist_ok=True)
-    for name in [*(path.name for path in reversed(checkpoints(out_dir))), "metrics.jsonl", "loss.png",
-                 "best", "adapter", "answers.jsonl", "confusion.png", "predictions", *(
-                     path.name for kind in ("predictions_*.csv", "generated_*.txt", "dev_*.txt")
-                     for path in out_dir.glob(kind)), "results.json"]:
-        if (out_dir / name).exists():
-            os.replace(out_dir / name, moving / name)
+    kinds = ("metrics.jsonl", "loss.png", "best", "adapter", "answers.jsonl", "confusion.png",
+             "predictions", "predictions_*.csv", "generated_*.txt", "dev_*.txt", "results.json")
+    for path in [*reversed(checkpoints(out_dir)), *(p for kind in kinds for p in out_dir.glob(kind))]:
+        os.replace(path, moving / path.name)
     shutil.rmtree(previous, ignore_errors=True)
     os.replace(moving, previous)
 
@@ -571,17 +578,11 @@ def start_id(tokenizer) -> int:
 
 def command_line(**changes) -> str:
     """The command that started this script, with settings changed."""
-    words, skip = [], False
-    for word in sys.argv[1:]:
+    words = sys.argv[1:]
+    for i, word in reversed([*enumerate(words)]):
         key, equals, _ = word.partition("=")
-        if skip and not word.startswith("--"):
-            skip = False
-            continue
-        skip = False
         if key.startswith("--") and key[2:].replace("-", "_") in changes:
-            skip = not equals  # its value is the next word
-        else:
-            words.append(word)
+            del words[i:i + (1 if equals else 2)]  # its value may be the next word
     words += [f"--{key}={value}" for key, value in changes.items()]
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *words])
 
@@ -602,11 +603,9 @@ def model_tokenizer(name, revision: str | None = None):
     None."""
     from tokenizer import from_json, open_tokenizer
     folder = local_folder(name)
-    best = (folder / "best" / "config.json").is_file()
-    if (folder / "ckpt.pt").is_file() and not best:
+    if (folder / "ckpt.pt").is_file():
         return from_json(load_torch(folder / "ckpt.pt").get("tokenizer", ""))
     if folder.is_dir():
-        folder = folder / "best" if best else folder
         has = any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "vocab.bpe"))
         return open_tokenizer(folder) if has else None
     file = hub_file(str(name), "tokenizer.json", revision)

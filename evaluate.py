@@ -23,18 +23,17 @@ import re
 import sys
 from collections import defaultdict
 from itertools import count, islice
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import Device, command_line, load_model, newest_run
+from common import Device, command_line, load_model, newest_run, read_settings
 from configurator import run
 from data import Data, ngrams, words
 from decode import beam_search, check_beams, left_padded, prepare
-from files import replacing, write_text
+from files import write_text
 from model import check_sampling
 
 init_from: str | None = None  # run folder, Hugging Face folder or hub name; None: newest in out/,
@@ -225,9 +224,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main():
-    for name in ("num_prompts", "prompt_words", "max_new_tokens", "batch_size"):
-        if globals()[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {globals()[name]}")
+    read_settings(globals(), ("num_prompts", "prompt_words", "max_new_tokens", "batch_size"))
     ways = {"real endings": None} | {text: parse_decoding(text) for text in decoding}
     data = Data(dataset)
     if data.eos_id is None:
@@ -275,10 +272,9 @@ def main():
             write_text(out + suffix, text)
         print(f"\nwritten: {out}.md, {out}.json", file=sys.stderr)
     if stories is not None:
-        with replacing(Path(stories)) as tmp, open(tmp, "w", encoding="utf-8") as file:
-            for i, (prompt, _) in enumerate(pairs):
-                row = {"prompt": prompt} | {way: made[i] for way, made in texts.items()}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        lines = ({"prompt": prompt} | {way: made[i] for way, made in texts.items()}
+                 for i, (prompt, _) in enumerate(pairs))
+        write_text(stories, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines))
 
 
 if __name__ == "__main__":

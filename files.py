@@ -38,6 +38,15 @@ def replacing(path):
                 os.close(folder)
 
 
+def read_text(path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark; ValueError for another encoding."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # CRLF becomes LF
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}; save it as UTF-8"
+                         ) from None
+
+
 def write_text(path, text: str):
     """Writes a UTF-8 file, whole or not at all."""
     with replacing(path) as tmp:
@@ -61,14 +70,13 @@ MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # buffers of old files
 
 
 def local_folder(name) -> Path:
-    """The folder of that name; `weights` is the one beside the scripts. ValueError without it."""
-    if str(name).rstrip("/") != "weights":
-        return Path(name)
-    folder = HERE / "weights"
-    if not folder.is_dir():
+    """The folder of that name, of a run with a best model its best/; `weights` is the one beside the
+    scripts. ValueError without that."""
+    folder = HERE / "weights" if str(name).rstrip("/") == "weights" else Path(name)
+    if folder == HERE / "weights" and not folder.is_dir():
         raise ValueError(f"there is no model in {folder}; train one (make run, or python train.py "
                          "config/quickstart.py), or bring weights/ back (git checkout -- weights)")
-    return folder
+    return folder / "best" if (folder / "best" / "config.json").is_file() else folder
 
 
 def read_pretrained(name, revision=None):
@@ -78,9 +86,7 @@ def read_pretrained(name, revision=None):
     if folder.is_file():
         raise ValueError(f"{name} is a file; give the folder that it lies in")
     if folder.is_dir():
-        if (folder / "best" / "config.json").is_file():
-            folder = folder / "best"
-        elif (folder / "ckpt.pt").is_file():
+        if (folder / "ckpt.pt").is_file():
             checkpoint = load_torch(folder / "ckpt.pt")
             config, state = checkpoint.get("config"), checkpoint.get("model")
             if "model_args" in checkpoint or not isinstance(config, dict) or not isinstance(state, dict):

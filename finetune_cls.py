@@ -18,9 +18,7 @@ fine-tuning takes minutes: one that was stopped starts again.
 import csv
 import json
 import math
-import os
 import re
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +33,7 @@ from common import (
     Skips,
     StopSignal,
     begin,
+    figure,
     load_model,
     lr_scale,
     micro_batch_seed,
@@ -44,7 +43,7 @@ from common import (
 from configurator import run
 from data import normalize, read_table
 from files import local_folder, read_json, read_pretrained, replacing, write_text
-from lora import merge, set_trainable, unmerge
+from lora import set_trainable
 from model import GPT, GPTConfig
 from tokenizer import open_tokenizer
 
@@ -95,9 +94,7 @@ log_interval = 20  # updates between lines
 device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
 
-LEAST = {"epochs": 0, "batch_size": 1, "accumulation": 1, "log_interval": 1, "seed": 0,
-         "learning_rate": 0, "head_learning_rate": 0, "weight_decay": 0, "grad_clip": 0,
-         "max_tokens": 1, "patience": 1, "dev_fraction": 0}
+FROM_ONE = ("batch_size", "accumulation", "log_interval", "max_tokens", "patience")
 CHOICES = {"style": ("head", "cloze"), "keep": ("head", "tail")}
 EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
 
@@ -293,8 +290,7 @@ def over(compute, rows, width: int, pad: int, env) -> torch.Tensor:
 
 def load(name: str) -> tuple:
     """(GPT in float32, its tokenizer, the linear layer's weight or None, its config.json)."""
-    best = Path(name, "best")
-    file = (best if (best / "config.json").is_file() else Path(name)) / "config.json"
+    file = local_folder(name) / "config.json"
     config, weight = read_json(file) if file.is_file() else {}, None
     if config.get("architectures") == ["GPT2ForSequenceClassification"]:
         fields, tensors = read_pretrained(file.parent)
@@ -332,29 +328,19 @@ def answer_ids(tokenizer, names) -> list[int]:
 
 
 def save(out: Path, net: Classifier, tokenizer, names, answers, T: int, pairs: bool):
-    """OUT/best, written beside it and put in its place in one step, so that it is always whole."""
-    gpt, new = net.gpt, out / "saving.part"
-    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-    merge(gpt)
+    """OUT/best, and in its config.json what `classify` must know."""
     if style == "head":
-        gpt.score = net.head  # into the same file, under transformers' name
+        net.gpt.score = net.head  # into the same file, under transformers' name
     else:
-        gpt.lm_head.weight.data[answers] = net.head.weight.data
-    save_best(new, gpt, tokenizer)
+        net.gpt.lm_head.weight.data[answers] = net.head.weight.data
+    save_best(out, net.gpt, tokenizer, architectures=[
+        "GPT2ForSequenceClassification" if style == "head" else "GPT2LMHeadModel"],
+        id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+        pad_token_id=tokenizer.eos_id, finetune_cls={
+            "style": style, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
+            "lowercase": lowercase, "max_tokens": T, "pairs": pairs})
     if style == "head":
-        del gpt.score
-    unmerge(gpt)
-    kind = "GPT2ForSequenceClassification" if style == "head" else "GPT2LMHeadModel"
-    config = read_json(new / "best" / "config.json") | {
-        "architectures": [kind], "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)}, "pad_token_id": tokenizer.eos_id,
-        "finetune_cls": {"style": style, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
-                         "lowercase": lowercase, "max_tokens": T, "pairs": pairs}}
-    write_text(new / "best" / "config.json", json.dumps(config, indent=2) + "\n")
-    # set_aside moved another run's best/ away; in one of this run nothing but the weights differs
-    better = "best/model.safetensors" if (out / "best").is_dir() else "best"
-    os.replace(new / better, out / better)
-    shutil.rmtree(new)
+        del net.gpt.score
 
 
 # ---- what is measured and shown ----
@@ -387,21 +373,14 @@ def show(found: dict, names: list[str]) -> str:
 
 def draw(path: Path, confusion, names: list[str]):
     """The confusion matrix."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, table = plt.subplots(figsize=(4.4, 3.8), dpi=110, layout="constrained")
-    counts = np.array(confusion)
-    table.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), "Blues", vmin=0, vmax=1)
-    for (i, j), n in np.ndenumerate(counts):
-        table.text(j, i, str(n), ha="center", va="center",
-                   color="white" if n > 0.6 * counts[i].sum() else "black")
-    at = range(len(names))
-    table.set(xlabel="predicted", ylabel="true", xticks=at, yticks=at, xticklabels=names,
-              yticklabels=names)
-    with replacing(path) as tmp:
-        fig.savefig(tmp, format="png")
-    plt.close(fig)
+    counts, at = np.array(confusion), range(len(names))
+    with figure(path, (4.4, 3.8)) as table:
+        table.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), "Blues", vmin=0, vmax=1)
+        for (i, j), n in np.ndenumerate(counts):
+            table.text(j, i, str(n), ha="center", va="center",
+                       color="white" if n > 0.6 * counts[i].sum() else "black")
+        table.set(xlabel="predicted", ylabel="true", xticks=at, yticks=at, xticklabels=names,
+                  yticklabels=names)
 
 
 def write_predictions(path: Path, split: dict, logits, names: list[str]):
@@ -453,9 +432,8 @@ def classify(env, gpt, tokenizer, head_weight, config: dict):
     for text, p in zip(() if predict_file else split["text"], logits.softmax(-1)):
         env.say(f"{names[p.argmax()]}  {p.max():.3f}  {' | '.join(text)}")
     if predict_file:
-        run = local_folder(init_from)
-        path = (run if run.is_dir() else Path(out_dir)) / (  # no name that its own results have
-            f"predictions_of_{Path(predict_file).stem}.csv")
+        run = Path(init_from if Path(init_from).is_dir() else out_dir)
+        path = run / f"predictions_of_{Path(predict_file).stem}.csv"  # none of its own results' names
         if env.rank == 0:
             write_predictions(path, split, logits, names)
         env.say(f"{path}: {len(rows):,} texts, {note}")
@@ -467,7 +445,7 @@ def classify(env, gpt, tokenizer, head_weight, config: dict):
 
 
 def main():
-    settings, env, out = begin(globals(), LEAST, CHOICES)
+    settings, env, out = begin(globals(), FROM_ONE, CHOICES)
     say = env.say
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
     gpt, tokenizer, head_weight, config = load(init_from)
@@ -558,7 +536,6 @@ def main():
     model = env.parallel(net)
     if env.rank == 0:
         set_aside(out)
-        out.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(out)
     step, texts, tokens, loss_sum, counted = 0, 0, 0, 0.0, 0
     best, best_epoch, kept = (-1.0, 0.0), 0, None  # (accuracy, -loss) on dev

@@ -47,8 +47,8 @@ from common import (
 from configurator import run
 from data import digest, fill_template, read_table
 from decode import left_padded, prepare
-from files import local_folder, write_text
-from lora import align, merge, save_adapter, set_trainable, unmerge
+from files import local_folder, read_text, write_text
+from lora import align, save_adapter, set_trainable
 from model import GPT, GPTConfig
 from optim import build_optimizer
 from tokenizer import from_json
@@ -104,9 +104,7 @@ FIELDS = ("instruction", "input", "output")
 CHECKPOINT = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict,
               "step": int, "tokens": int, "elapsed_s": float, "best_loss": float, "before": float,
               "base": str, "template": str, "tokenizer": str, "data": str}
-LEAST = {"epochs": 1, "batch_size": 1, "log_interval": 1, "seed": 0, "learning_rate": 0,
-         "warmup_fraction": 0, "weight_decay": 0, "grad_clip": 0, "max_new_tokens": 1,
-         "eval_interval": 1, "num_answers": 0, "lora_align": 0}
+FROM_ONE = ("epochs", "batch_size", "log_interval", "max_new_tokens", "eval_interval")
 CHOICES = {"mode": ("full", "lora", "last_blocks")}
 FIXED = ("data", "template", "block_size", "seed", "mode", "train_blocks", "lora_rank",
          "lora_alpha", "lora_targets", "train_on_all", "batch_size")  # a resumed run keeps these
@@ -166,11 +164,7 @@ def split(records) -> list[list[int]]:
 
 def read_template() -> str:
     """The template's text; ValueError for one without a slot."""
-    try:
-        form = ALPACA if template is None else Path(template).read_text("utf-8-sig").rstrip()
-    except UnicodeDecodeError as e:
-        raise ValueError(f"template {template} is not UTF-8 text: {e.reason} at byte {e.start}; "
-                         "save it as UTF-8") from None
+    form = ALPACA if template is None else read_text(template).rstrip()
     lacks = [slot for slot in FIELDS if f"{{{slot}}}" not in form]
     if lacks or not form.endswith("{output}"):
         raise ValueError(f"template {template} " + (f"has no slot {{{lacks[0]}}}" if lacks else
@@ -300,7 +294,7 @@ def table(rows: list[dict], columns) -> str:
 
 
 def main():
-    settings, env, out = begin(globals(), LEAST, CHOICES)
+    settings, env, out = begin(globals(), FROM_ONE, CHOICES)
     say = env.say
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
 
@@ -326,8 +320,7 @@ def main():
         if mode == "lora" and (folder / "adapter_config.json").is_file():
             raise ValueError(f"{init_from} is an adapter, and adapters on top of one would have no base; "
                              "give the model in which it is merged, the best/ beside it")
-        best = folder / "best" if (folder / "best").is_dir() else folder
-        base = str(best.resolve()) if best.is_dir() else init_from  # by which PEFT finds it
+        base = str(folder.resolve()) if folder.is_dir() else init_from  # by which PEFT finds it
     trained = set_trainable(raw_model, mode, train_blocks, lora_rank, lora_alpha,
                             lora_dropout, lora_targets)
     if checkpoint is not None:
@@ -387,8 +380,7 @@ def main():
         if step == 0:
             set_aside(out)
         (out / "results.json").unlink(missing_ok=True)  # also of a run that is given more epochs
-        out.mkdir(parents=True, exist_ok=True)
-        metrics = Metrics(out, resume_step=step if step else None)
+        metrics = Metrics(out, step or -1)
 
     def log(row, seen: bool):
         """Logs a row; `seen`: evaluates on dev for it and keeps the best model."""
@@ -402,9 +394,7 @@ def main():
             if better and env.rank == 0:
                 if mode == "lora":
                     save_adapter(raw_model, out / "adapter", base)
-                merge(raw_model)
                 save_best(out, raw_model, tokenizer)
-                unmerge(raw_model)
                 write_text(out / "best" / "template.txt", f"{form}\n")  # for sample.py
         if env.rank == 0:
             metrics.log(**row)

@@ -379,9 +379,9 @@ class GPT(nn.Module):
         model.load_state_dict(state, assign=True)
         return model.eval()
 
-    def save_pretrained(self, folder, eos_id: int | None = None):
+    def save_pretrained(self, folder, eos_id: int | None = None, **more):
         """Writes config.json and model.safetensors as transformers' GPT2LMHeadModel reads them.
-        eos_id is where their `generate` stops."""
+        eos_id is where their `generate` stops; more: further fields of config.json."""
         tensors = {}
         for name, tensor in self.state_dict().items():
             tensors[name] = (tensor.t() if CONV1D.search(name) else tensor).contiguous()
@@ -397,7 +397,7 @@ class GPT(nn.Module):
             "activation_function": c.activation, "tie_word_embeddings": c.tie_word_embeddings,
             "layer_norm_epsilon": 1e-5, "bias": c.bias,
             "bos_token_id": eos_id, "eos_token_id": eos_id,
-            "torch_dtype": str(self.transformer.wte.weight.dtype).removeprefix("torch.")}
+            "torch_dtype": str(self.transformer.wte.weight.dtype).removeprefix("torch."), **more}
         save_safetensors(Path(folder) / "model.safetensors", tensors)
         write_text(Path(folder) / "config.json", json.dumps(config, indent=2) + "\n")
 

@@ -9,7 +9,6 @@
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -17,6 +16,7 @@ from common import Device, load_model, newest_run, start_id
 from configurator import run
 from data import fill_template
 from decode import beam_search, prepare, stream_text
+from files import local_folder, read_text
 
 init_from: str | None = None  # run folder, Hugging Face folder or hub name; None: the newest in out/,
     # or weights/
@@ -44,10 +44,7 @@ def encode_prompt(text: str, tok, block_size: int) -> torch.Tensor:
     """(1, T) ids of a prompt, `FILE:path` read first; an empty one is end-of-text or a line break.
     One longer than the context keeps its last tokens, with a note."""
     if text.startswith("FILE:"):
-        try:
-            text = Path(text[5:]).read_text(encoding="utf-8")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{text[5:]} is not UTF-8 text: {e.reason} at byte {e.start}") from None
+        text = read_text(text[5:])
     ids = tok.encode(text).tolist() or [start_id(tok)]
     if len(ids) > block_size:
         print(f"note: the prompt has {len(ids)} tokens, the context {block_size}: "
@@ -57,8 +54,8 @@ def encode_prompt(text: str, tok, block_size: int) -> torch.Tensor:
 
 def read_template(name: str) -> str | None:
     """The template that finetune_instruct.py left beside a model, if it did."""
-    files = [Path(name) / "best" / "template.txt", Path(name) / "template.txt"]
-    return next((f.read_text(encoding="utf-8").rstrip() for f in files if f.is_file()), None)
+    file = local_folder(name) / "template.txt"
+    return file.read_text(encoding="utf-8").rstrip() if file.is_file() else None
 
 
 def write(model, tok, text: str, number: int, template: str | None = None):

@@ -35,8 +35,8 @@ from common import (
 from configurator import run
 from data import ngrams, words
 from decode import beam_search, left_padded, prepare
-from files import write_text
-from lora import merge, set_trainable, unmerge
+from files import read_text, write_text
+from lora import set_trainable
 from model import GPT, GPTConfig, check_sampling
 from optim import build_optimizer
 from tokenizer import open_tokenizer
@@ -79,8 +79,7 @@ device = "auto"  # cpu, cuda, cuda:1, mps
 
 FILES = ("sonnets.txt", "sonnets_held_out_dev.txt", "TRUE_sonnets_held_out_dev.txt",
          "sonnets_held_out.txt")  # training, dev prompts, the whole dev poems, test prompts
-LEAST = {"epochs": 0, "patience": 1, "batch_size": 1, "candidates": 1, "seed": 0, "num_beams": 1,
-         "learning_rate": 0, "warmup_fraction": 0, "weight_decay": 0, "max_new_tokens": 1}
+FROM_ONE = ("patience", "batch_size", "candidates", "num_beams", "max_new_tokens")
 CHOICES = {"mode": ("full", "lora", "last_blocks")}
 LINES = 14
 RHYMES = ((0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 13))  # ABAB CDCD EFEF GG
@@ -93,11 +92,7 @@ SWEEP = [{"temperature": 0.0}, {"num_beams": 2}, {"num_beams": 4},
 def read_poems(path) -> dict[int, str]:
     """{number: poem} of a file in the course's format: what stands before the first number is
     dropped, blank lines too, indents stay. ValueError names what cannot be read."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # CRLF becomes LF
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from None
-    _, *parts = re.split(r"^[ \t]*(\d+)[ \t]*$", text, flags=re.MULTILINE)
+    _, *parts = re.split(r"^[ \t]*(\d+)[ \t]*$", read_text(path), flags=re.MULTILINE)
     if not parts:
         raise ValueError(f"{path} has no numbers: expected, for each poem, a line with its number, "
                          "a blank line, then its lines")
@@ -330,9 +325,7 @@ def train(model: GPT, tok, rows, dev, out: Path, env) -> tuple[float, int]:
               + f"dev loss {found:.4f}{' (best so far)' * (found < best)}", flush=True)
         if found < best:
             best, at = found, epoch
-            merge(model)
             save_best(out, model, tok)
-            unmerge(model)
         elif epoch - at >= patience:
             break
     metrics.plot()
@@ -340,7 +333,7 @@ def train(model: GPT, tok, rows, dev, out: Path, env) -> tuple[float, int]:
 
 
 def main():
-    settings, env, out = begin(globals(), LEAST, CHOICES)
+    settings, env, out = begin(globals(), FROM_ONE, CHOICES)
     poems, prompts, gold, test = read_data(data_dir)
     if env.world > 1:
         raise ValueError("sonnet.py runs in one process: python sonnet.py, without torchrun")

@@ -17,7 +17,6 @@ import tokenizer as tk
 from data import read_documents
 from tokenizer import (
     EOT,
-    bpe_encode_plain,
     char_tokenizer,
     fetch_wheel,
     from_json,
@@ -236,6 +235,24 @@ def test_gpt2_equals_tiktoken_on_all_validation_stories(kinds):
 def test_any_text_round_trips(kinds, text):
     for kind in ("gpt2", "bytes", "trained"):
         assert kinds[kind].decode_bytes(kinds[kind].encode(text)) == text.encode()
+
+
+def bpe_encode_plain(text: str, ranks: dict[bytes, int]) -> list[int]:
+    """Ranks of `text`'s tokens by the definition: in each piece that the pattern finds, the pair of
+    neighbours with the lowest joint rank, leftmost first, is joined until no pair has a rank."""
+    import regex
+
+    found = []
+    for piece in regex.findall(tk.PATTERN, text):
+        parts = [bytes([b]) for b in piece.encode()]
+        while len(parts) > 1:
+            joint = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+            i = joint.index(min(joint))
+            if joint[i] == len(ranks):
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        found += [ranks[t] for t in parts]
+    return found
 
 
 # The plain encoder's \p{L} is of another Unicode version than tiktoken's: assigned characters only.

@@ -554,7 +554,8 @@ def test_a_diverged_run_still_logs(tmp_path, monkeypatch):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() and len(rows(tmp_path)) == 5
     curve = metrics.sketch().splitlines()
     assert "3.000 │" in curve[0] and "•" in curve[0] and "2.000 │" in curve[8]
-    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda figure, file, **_: drawn.append(figure) or file.touch())
     metrics.plot()
     assert drawn[0].axes[0].get_legend_handles_labels()[1] == ["training"]
 

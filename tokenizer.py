@@ -123,22 +123,19 @@ class Tokenizer:
             elif self.name == "char":
                 codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
                 ids = self.table.take(codes, mode="clip")
-                if codes.size and ids.min() < 0:
-                    at = int(ids.argmin())
-                    raise ValueError(f"character {text[at]!r} (U+{codes[at]:04X}) at position {at}"
-                                     f" is not in the alphabet of {(self.table >= 0).sum()}")
             else:
-                try:
-                    ids = self.encoding.encode_to_numpy(text, disallowed_special=())
-                except UnicodeEncodeError:
-                    raise
-                except ValueError:  # of its pattern's stack
-                    space = max(re.findall(r"\s+", text), key=len, default="")
-                    raise ValueError(f"{len(space):,} characters of white space in a row, which GPT-2's "
-                                     "pattern cannot be matched with; shorten them") from None
+                ids = self.encoding.encode_to_numpy(text, disallowed_special=())
                 ids = ids if self.id_of_rank is None else self.id_of_rank[ids]
         except UnicodeEncodeError as e:
             raise _surrogate(e) from None
+        except ValueError:  # of the pattern's stack
+            space = max(re.findall(r"\s+", text), key=len, default="")
+            raise ValueError(f"{len(space):,} characters of white space in a row, which GPT-2's "
+                             "pattern cannot be matched with; shorten them") from None
+        if self.name == "char" and ids.size and ids.min() < 0:
+            at = int(ids.argmin())
+            raise ValueError(f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is "
+                             f"not in the alphabet of {(self.table >= 0).sum()}")
         return ids.astype(self.dtype)
 
     def decode_bytes(self, ids) -> bytes:
@@ -389,24 +386,6 @@ def _ranks(merges, check=True):
                              "the merges are damaged or out of order")
         ranks[a + b], parts[a + b] = 255 + n, (a, b)
     return ranks
-
-
-def bpe_encode_plain(text: str, ranks: dict[bytes, int]) -> list[int]:
-    """Ranks of `text`'s tokens by the definition: in each piece that PATTERN finds, the pair of
-    neighbours with the lowest joint rank, leftmost first, is joined until no pair has a rank."""
-    import regex
-
-    found = []
-    for piece in regex.findall(PATTERN, text):
-        parts = [bytes([b]) for b in piece.encode()]
-        while len(parts) > 1:
-            joint = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
-            i = joint.index(min(joint))
-            if joint[i] == len(ranks):
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        found += [ranks[t] for t in parts]
-    return found
 
 
 def train_bpe(documents, vocab_size: int, special_tokens=()) -> Tokenizer:

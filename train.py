@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 
 from common import (
     Metrics,
@@ -94,10 +93,8 @@ device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; None: on GPUs
 
-LEAST = {"max_steps": 1, "log_interval": 1, "eval_interval": 1, "block_size": 1, "batch_size": 1,
-         "seed": 0, "max_skipped": 1, "keep_checkpoints": 1, "warmup_steps": 0, "sample_tokens": 0,
-         "learning_rate": 0, "weight_decay": 0, "beta1": 0, "beta2": 0, "momentum": 0, "grad_clip": 0,
-         "adamw_learning_rate": 0, "min_lr_scale": 0, "decay_fraction": 0, "eval_tokens": 1}
+FROM_ONE = ("max_steps", "log_interval", "eval_interval", "block_size", "batch_size", "max_skipped",
+            "keep_checkpoints", "eval_tokens")  # no other number may be below 0
 FIXED = ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "activation",
          "tie_word_embeddings", "optimizer")  # a run that is resumed goes on with these
 
@@ -150,9 +147,8 @@ def compiled(model, x, y, env):
     except torch.OutOfMemoryError:  # nor would it fit eagerly
         raise
     except Exception as e:  # noqa: BLE001 (whatever the platform lacks)
-        if env.rank == 0:
-            print(f"warning: torch.compile failed here ({type(e).__name__}: "
-                  f"{(str(e) or '-').splitlines()[0][:120]}); running eager")
+        env.say(f"warning: torch.compile failed here ({type(e).__name__}: "
+                f"{(str(e) or '-').splitlines()[0][:120]}); running eager")
         return model
     finally:
         model.zero_grad(set_to_none=True)
@@ -184,7 +180,7 @@ def duration(seconds: float) -> str:
 
 
 def main():
-    settings, env, out = begin(globals(), LEAST)
+    settings, env, out = begin(globals(), FROM_ONE)
     settings["ranks"], say = env.world, env.say
     for name in ("out_dir", "dataset", "init_from"):
         if not settings[name].strip() or "\0" in settings[name]:
@@ -323,8 +319,7 @@ def main():
             set_aside(out)
         else:
             set_damaged_aside(out, path)
-        out.mkdir(parents=True, exist_ok=True)
-        metrics = Metrics(out, resume_step=step if step else None)
+        metrics = Metrics(out, step or -1)
         if wandb_project:
             import wandb
             wandb.init(project=wandb_project, name=out.name, config=settings)
@@ -359,12 +354,6 @@ def main():
                   f"{row['val_ppl']:.2f}{bpb}" + " (best so far)" * better)
             if sample_tokens:
                 print(f"--- a sample\n{sample_text(raw_model, tokenizer, sample_tokens)}\n---")
-
-    def log(row):
-        if env.rank == 0:
-            metrics.log(**row)
-            if wandb_project:
-                wandb.log(row, step=step)
 
     def where(number):
         first = windows - (step - number + 1) * per_update // block_size
@@ -426,8 +415,10 @@ def main():
             + (f"  mfu {mfu:.1%}" if mfu else "") + f"  left {duration((max_steps - step) / rate)}")
         if seen:
             evaluate_and_keep(row)
-        if shown:  # else this stop would leave a row of its own
-            log(row)
+        if shown and env.rank == 0:  # else this stop would leave a row of its own
+            metrics.log(**row)
+            if wandb_project:
+                wandb.log(row, step=step)
         if seen or stopping:
             save()
             if env.rank == 0:
@@ -439,15 +430,12 @@ def main():
             return env.close()
         clock = time.perf_counter()  # evaluating and saving is not training
     if env.rank == 0:
-        print(metrics.sketch())
-    say(f"done: {step:,} steps, {tokens:,} tokens, {duration(elapsed)} of training, best validation "
-        f"loss {best_loss:.4f}")
-    if env.rank == 0:
-        print(f"{len(saves)} checkpoints, {sum(saves) / len(saves):.2f} s each; loss curve: "
-              f"{out / 'loss.png'}; text: python sample.py --init_from={out} --start \"…\"")
-    if dist.is_initialized():
-        dist.barrier()
-    return env.close()
+        print(f"{metrics.sketch()}\ndone: {step:,} steps, {tokens:,} tokens, {duration(elapsed)} of "
+              f"training, best validation loss {best_loss:.4f}\n{len(saves)} checkpoints, "
+              f"{sum(saves) / len(saves):.2f} s each; loss curve: {out / 'loss.png'}; text: "
+              f"python sample.py --init_from={out} --start \"…\"")
+    env.sum(0)  # rank 0 may still be writing
+    env.close()
 
 
 if __name__ == "__main__":
