@@ -18,7 +18,7 @@ import shlex
 import time
 import zlib
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate, islice
@@ -127,9 +127,17 @@ def read_table(path) -> list[dict]:
             return json.loads(text) if text.lstrip().startswith("[") else [
                 json.loads(line) for line in text.split("\n") if line.strip()]
         csv.field_size_limit(2**31 - 1)
-        return list(csv.DictReader(
+        reader, rows = csv.DictReader(
             io.StringIO(text, newline=""), delimiter="\t" if "\t" in text.split("\n")[0] else ",",
-            quoting=csv.QUOTE_NONE if ".txt" in kinds else csv.QUOTE_MINIMAL))
+            quoting=csv.QUOTE_NONE if ".txt" in kinds else csv.QUOTE_MINIMAL, strict=True), []
+        if twice := [name for name, n in Counter(reader.fieldnames or ()).items() if name and n > 1]:
+            raise ValueError(f"its header has {twice[0]!r} twice")
+        for row in reader:
+            if any(row.get(None) or ()):  # else the rest of a text would be lost
+                raise ValueError(f"line {reader.line_num} has more fields than the header; a text with "
+                                 "the delimiter in it needs quotes")
+            rows.append(row)
+        return rows
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text: byte 0x{raw[e.start]:02x} in line "
                          f"{raw[:e.start].count(10) + 1}; save it as UTF-8") from None

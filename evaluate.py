@@ -206,7 +206,7 @@ def measure(model, prompts, endings, tok) -> dict:
     nats = sum(loss(model, prompt, ending) for prompt, ending in zip(prompts, endings) if ending)
     return {"words": sum(map(len, texts)) / len(texts),
             "ended": sum(tok.eos_id in ending for ending in endings) / len(endings),
-            "ppl": math.exp(nats / max(1, sum(map(len, endings)))),
+            "ppl": math.exp(min(nats / max(1, sum(map(len, endings))), 700)),
             **{f"dist-{n}": distinct(texts, n) for n in (1, 2, 3)},
             "rep-4": sum(map(repetition, texts)) / len(texts)}
 

@@ -103,14 +103,13 @@ EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
 
 def label_name(value, where: str) -> str:
     """The name of a class: a word as it is, 1 of 1, 1.0 and "1.0"."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     name = "" if value is None else str(value).strip()
-    try:
-        number = float(name)
-    except ValueError:
-        number = None
-    if not name or number is not None and not number.is_integer():
+    whole = re.fullmatch(r"([+-]?\d+)(\.0*)?", name)
+    if not whole and (isinstance(value, float) or re.fullmatch(r"|nan|[+-]?\d*\.\d+", name.lower())):
         raise ValueError(f"{where} has the label {value!r}, expected a word or a whole number")
-    return name if number is None else str(int(number))
+    return str(int(whole[1])) if whole else name
 
 
 def as_split(rows, where: str, labels: bool | None) -> dict:
@@ -162,6 +161,8 @@ def read_splits() -> dict:
                              "local files with --data_dir=FOLDER") from None
         tables = {name: list(found[key]) for name, key in (
             ("train", "train"), ("dev", "validation"), ("test", "test")) if key in found}
+        if "train" not in tables:
+            raise ValueError(f"{dataset} has no split train, but {', '.join(found)}")
         where = {name: f"{dataset}, {name}" for name in tables}
     elif not files[0]:
         raise ValueError("nothing to train on: give --train_file, or a config such as "
@@ -297,7 +298,14 @@ def load(name: str) -> tuple:
         if "transformer.score.weight" not in tensors:
             raise ValueError(f"{file.parent} has no tensor score.weight, its linear layer")
         weight = tensors.pop("transformer.score.weight")[1]().float()
+        if "lm_head.weight" not in tensors:  # transformers' has none, tied or not
+            fields["tie_word_embeddings"] = True
         gpt, tokenizer = GPT(GPTConfig(**fields | {"dropout": dropout})), open_tokenizer(file.parent)
+        shapes = {key: tuple(p.shape) for key, p in gpt.state_dict().items()}
+        if (shapes != {key: tuple(shape) for key, (shape, _) in tensors.items()}
+                or tokenizer.vocab_size != gpt.config.vocab_size):
+            raise ValueError(f"{file.parent}: its tensors or its tokenizer ({tokenizer.vocab_size} ids) "
+                             "are not those that its config.json describes")
         gpt.load_state_dict({key: read() for key, (_, read) in tensors.items()})
     else:
         gpt, tokenizer = load_model(name, dtype=torch.float32, dropout=dropout)
@@ -376,11 +384,12 @@ def draw(path: Path, confusion, names: list[str]):
     counts, at = np.array(confusion), range(len(names))
     with figure(path, (4.4, 3.8)) as table:
         table.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), "Blues", vmin=0, vmax=1)
-        for (i, j), n in np.ndenumerate(counts):
+        for (i, j), n in np.ndenumerate(counts) if len(names) <= 40 else ():
             table.text(j, i, str(n), ha="center", va="center",
                        color="white" if n > 0.6 * counts[i].sum() else "black")
-        table.set(xlabel="predicted", ylabel="true", xticks=at, yticks=at, xticklabels=names,
-                  yticklabels=names)
+        shown = [name.replace("$", r"\$") for name in names]  # no formula
+        table.set(xlabel="predicted", ylabel="true", xticks=at, yticks=at, xticklabels=shown,
+                  yticklabels=shown)
 
 
 def write_predictions(path: Path, split: dict, logits, names: list[str]):
@@ -460,6 +469,8 @@ def main():
     names = classes or sorted(set(train["label"]), key=lambda name: (
         (0, int(name), "") if re.fullmatch(r"-?\d+", name) else (1, 0, name)))
     absent = [name for name in names if name not in train["label"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"classes names one twice: {', '.join(names)}")
     if epochs and (absent or len(names) < 2):
         raise ValueError(f"no row of training has the class {absent[0]!r}" if absent else
                          f"all rows of training have one class, {names[0]!r}")
@@ -625,10 +636,10 @@ def main():
                 results |= {"split": name} | {key: found[key] for key in (  # test's, if scored
                     "accuracy", "macro_f1", "positive_f1") if key in found}
     if env.rank == 0:
-        metrics.plot(unit="text")
-        draw(out / "confusion.png", results[f"{results['split']}_confusion"], names)
         write_text(out / "results.json",
                    json.dumps(results | {"settings": settings}, indent=1) + "\n")
+        metrics.plot(unit="text")
+        draw(out / "confusion.png", results[f"{results['split']}_confusion"], names)
     say(f"{step:,} updates in {seconds:.0f} s, {results['texts_per_s']:.1f} texts/s; predictions, "
         f"results.json and confusion.png are in {out}\nclassify: "
         f"python finetune_cls.py --init_from={out} --predict \"…\"")

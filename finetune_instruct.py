@@ -300,8 +300,9 @@ def main():
 
     # ---- the model, pretrained or resumed ----
     checkpoint = None
-    if Path(init_from).resolve() in (out.resolve(), out.resolve() / "best"):
-        raise ValueError(f"init_from={init_from} is the run's own folder, whose best/ this run "
+    begun = Path(init_from).resolve()
+    if begun == out.resolve() or begun.is_dir() and out.resolve() in begun.parents:
+        raise ValueError(f"init_from={init_from} lies in the run's own folder, which this run "
                          "overwrites; give another --out_dir")
     if init_from == "resume" and not (out / "ckpt.pt").is_file():
         raise ValueError(f"no {out / 'ckpt.pt'} to resume from; give a model with --init_from")

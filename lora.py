@@ -67,6 +67,9 @@ def align(model, backward):
         layer.weight.requires_grad_(True)
     with torch.enable_grad():
         backward()
+    if not all(layer.weight.grad.isfinite().all() for layer in layers):
+        raise ValueError("the gradient that the adapters are aligned along is not finite: the model or "
+                         "the data is damaged; --lora_align=0 starts at random")
     for layer in layers:
         rank = min(layer.rank, *layer.weight.shape)
         grad = layer.weight.grad

@@ -34,7 +34,7 @@ from common import (
 )
 from configurator import run
 from data import ngrams, words
-from decode import beam_search, left_padded, prepare
+from decode import beam_search, check_beams, left_padded, prepare
 from files import read_text, write_text
 from lora import set_trainable
 from model import GPT, GPTConfig, check_sampling
@@ -349,6 +349,7 @@ def main():
     T = model.config.block_size
     rows, dev = encode(poems, tok, T), encode(gold, tok, T)
     check_sampling(model.config, torch.zeros(1, 1), max_new_tokens, temperature, top_k, top_p)
+    check_beams(model.config, num_beams, 1.0)
     for held_out in (prompts, test):  # refused now rather than after training
         encode(held_out, tok, T, whole=False)
     trained = set_trainable(model, mode, train_blocks, lora_rank, lora_alpha)

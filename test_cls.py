@@ -275,6 +275,19 @@ def test_a_trained_head_is_kept_where_the_classes_are_its_own(base, tmp_path, ca
             run_script(folder, tmp_path / "none", f"--data_dir={base}", *argv, "--epochs=0")
 
 
+def test_the_tensors_of_a_classifier_are_those_of_its_config(base, tmp_path):
+    run_script(base, tmp_path, "--epochs=1")
+    file = tmp_path / "best" / "config.json"
+    config = json.loads(file.read_text())
+    gpt = script.load(str(tmp_path))[0]
+    file.write_text(json.dumps(config | {"tie_word_embeddings": False}))  # as transformers may have it
+    same = script.load(str(tmp_path))[0].state_dict()
+    assert all(torch.equal(same[name], tensor) for name, tensor in gpt.state_dict().items())
+    file.write_text(json.dumps(config | {"n_layer": config["n_layer"] + 1}))
+    with pytest.raises(ValueError, match="not those that its config.json describes"):
+        script.load(str(tmp_path))
+
+
 def test_a_killed_save_leaves_the_best_model_whole(base, tmp_path, monkeypatch):
     replace, seen = os.replace, []
 
@@ -400,7 +413,8 @@ def test_labels_that_are_not_there_and_texts_that_are_null():
 
 def test_labels():
     for value, name in ((1, "1"), (1.0, "1"), ("1.0", "1"), (" good ", "good"), (0, "0"),
-                        (-1, "-1"), ("007", "7"), ("infer", "infer"), (True, "True")):
+                        (-1, "-1"), ("007", "7"), ("infer", "infer"), (True, "True"),
+                        ("12345678901234567891", "12345678901234567891"), ("inf", "inf")):
         assert script.label_name(value, "row 1") == name
     for value in (None, "", "  ", 0.5, "2.5", float("nan"), "nan"):
         with pytest.raises(ValueError, match="row 3 of it has the label"):
@@ -519,7 +533,7 @@ GOOD = [{"text": f"x {'ab'[i % 2]}", "label": i % 2} for i in range(8)]
     ({}, ["--init_from=./nothing"], "no folder"), ({}, ["--max_tokens=0"], "max_tokens must"),
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no"], "has 1 words, .*2 classes"),
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no", " qqq"], "' qqq' is . tok"),
-    ({}, ["--predict=x"], "no run of finetune_cls"),
+    ({}, ["--classes", "0", "1", "1"], "names one twice"), ({}, ["--predict=x"], "no run of finetune_cls"),
     ({}, ["--train_file=missing.csv"], "cannot read missing.csv")])
 def test_mistakes_are_one_line(base, tmp_path, changes, argv, word):
     vars(script).update(DEFAULTS)
@@ -537,7 +551,10 @@ def test_files_that_cannot_be_read(tmp_path):
             ("a.csv", "text,label\nx,1\né,0\n".encode("latin-1"), "not UTF-8.* 0xe9 in line 3"),
             ("b.jsonl", b'{"text": 1', "cannot be read as .jsonl"),
             ("c.jsonl.gz", b"no gzip", "cannot"), ("d.parquet", b"none", "cannot be read"),
-            ("e.jsonl.xz", b"none", "cannot")):
+            ("e.jsonl.xz", b"none", "cannot"),
+            ("f.csv", b"text,label\nwell, good,1\n", "line 2 has more fields than the header"),
+            ("g.csv", b"text,label,text\nx,1,y\n", "header has 'text' twice"),
+            ("h.tsv", b'text\tlabel\n"hm,\t1\nx\t0\n', "cannot be read")):  # an open quote
         (tmp_path / name).write_bytes(content)
         with pytest.raises((ValueError, OSError), match=word) as e:
             script.read_table(tmp_path / name)

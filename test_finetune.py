@@ -179,6 +179,13 @@ def test_peft_gives_our_logits_and_we_give_its(tmp_path, targets):
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
 
 
+def test_a_gradient_that_is_not_finite_aligns_nothing():
+    model, x = tiny(), ids(4, 20)
+    add_lora(model, 3, 8.0)
+    with pytest.raises(ValueError, match="not finite"):
+        align(model, lambda: (model(x[:, :-1], x[:, 1:])[1] * math.nan).backward())
+
+
 def test_aligned_adapters_begin_along_the_gradient():
     """Against a singular value decomposition of the gradient of the model without adapters."""
     model, x = tiny(), ids(4, 20)
