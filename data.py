@@ -143,6 +143,9 @@ def read_table(path) -> list[dict]:
                          f"{raw[:e.start].count(10) + 1}; save it as UTF-8") from None
     except OSError as e:
         raise OSError(f"cannot read {path}: {e.strerror or e}") from None
+    except csv.Error as e:
+        raise ValueError(f"{path} cannot be read as {path.suffix}: line {reader.line_num}: {e}; a table "
+                         "without quoting is read as .txt") from None
     except Exception as e:  # noqa: BLE001 (whatever a damaged file raises)
         raise ValueError(f"{path} cannot be read as {path.suffix}: {e}") from None
 
@@ -197,6 +200,17 @@ def fill_template(template: str, instruction: str, text: str = "") -> tuple[str,
     values = {"instruction": instruction, "input": text, "output": ""}
     return tuple(re.sub(r"\{(instruction|input|output)\}", lambda slot: values[slot[1]], part)
                  for part in (template[:cut], template[cut:]))
+
+
+def prompt_ids(tokenizer, template: str, instruction: str, text: str, room: int):
+    """(ids of a filled template, whether it was cut): one of more than `room` tokens loses the end of
+    its input (of the instruction, where there is none)."""
+    parts = fill_template(template, instruction, text)
+    ids = tokenizer.encode("".join(parts)).tolist()
+    if len(ids) <= room:
+        return ids, False
+    head, tail = (tokenizer.encode(part).tolist() for part in parts)
+    return head[:max(0, room - len(tail))] + tail[-room:], True
 
 
 # ---- writing ----

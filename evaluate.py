@@ -213,7 +213,7 @@ def measure(model, prompts, endings, tok) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table that can be read as it stands."""
-    forms = {"decoding": "", "words": ".0f", "ended": ".0%", "ppl": ".2f", "rep-4": ".1%",
+    forms = {"decoding": "", "words": ".0f", "ended": ".0%", "ppl": ".4g", "rep-4": ".1%",
              "copy": "g", "largest": ".0f"}
     cells = [list(rows[0])] + [[format(value, forms.get(key, ".3f")) for key, value in row.items()]
                                for row in rows]
@@ -266,7 +266,9 @@ def main():
     if out is not None:
         facts = {"command": command_line(), "model": str(name), "parameters": parameters,
                  "num_prompts": num_prompts, "prompt_words": prompt_words, "seed": seed,
-                 "max_new_tokens": max_new_tokens, "rows": rows}
+                 "max_new_tokens": max_new_tokens, "rows": [
+                     {key: None if value != value else value for key, value in row.items()}
+                     for row in rows]}  # JSON has no nan
         for suffix, text in ((".md", f"`{command_line()}`\n\n{shown}\n"),
                              (".json", json.dumps(facts, indent=1) + "\n")):
             write_text(out + suffix, text)

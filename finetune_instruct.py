@@ -45,7 +45,7 @@ from common import (
     set_aside,
 )
 from configurator import run
-from data import digest, fill_template, read_table
+from data import digest, prompt_ids, read_table
 from decode import left_padded, prepare
 from files import local_folder, read_text, write_text
 from lora import align, save_adapter, set_trainable
@@ -179,20 +179,17 @@ def encode(records, tokenizer, form: str, T: int) -> tuple[list[tuple], int]:
         raise ValueError(f"the {tokenizer.name} tokenizer has no end-of-text to close answers with")
     rows, cuts = [], 0
     for number, record in enumerate(records, 1):
-        head, tail = fill_template(form, record["instruction"], record["input"])
         try:
-            prompt = tokenizer.encode(head + tail).tolist()
             answer = [*tokenizer.encode(record["output"]).tolist(), tokenizer.eos_id]
             room = T + 1 - len(answer)  # the last id is predicted, never read
             if room < 1:
                 raise ValueError(f"its answer has {len(answer)} tokens, end-of-text included, and "
                                  f"does not fit a context of {T} behind a prompt")
+            prompt, cut = prompt_ids(tokenizer, form, record["instruction"], record["input"], room)
         except ValueError as e:
             raise ValueError(f"record {number} of {data} ({record['instruction']!r:.40}): {e}"
                              ) from None
-        if len(prompt) > room:
-            head, tail = (tokenizer.encode(part).tolist() for part in (head, tail))
-            prompt, cuts = head[:max(0, room - len(tail))] + tail[-room:], cuts + 1
+        cuts += cut
         rows.append((prompt, answer))
     return rows, cuts
 
@@ -284,7 +281,7 @@ def answers(gpt: GPT, tokenizer, prompts) -> list[str]:
 
 def table(rows: list[dict], columns) -> str:
     """Rows as a table that fits the terminal, long cells over several lines."""
-    width = (shutil.get_terminal_size((100, 24)).columns + 3) // len(columns) - 3
+    width = max(1, (shutil.get_terminal_size((100, 24)).columns + 3) // len(columns) - 3)
     lines = []
     for row in [dict(zip(columns, columns)), *rows]:
         cells = zip_longest(*(wrap(row[column], width) for column in columns), fillvalue="")
@@ -463,7 +460,10 @@ def main():
     best = GPT.from_pretrained(out / "best").to(env.device)
     after = evaluate(AnswerLoss(best), test, env)
     if env.rank == 0:
-        texts = answers(prepare(best), tokenizer, [prompt for prompt, _ in test])
+        room = max(1, config.block_size // 2, config.block_size - max_new_tokens)
+        texts = answers(prepare(best), tokenizer, [  # not `test`'s, whose length tells that of the true answer
+            prompt_ids(tokenizer, form, records[i]["instruction"], records[i]["input"], room)[0]
+            for i in parts[2]])
         judged = [records[i] | {"answer": text} for i, text in zip(parts[2], texts)]
         references = [row["output"] for row in judged]
         nats = after * sum(len(answer) for _, answer in test)

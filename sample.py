@@ -14,7 +14,7 @@ import torch
 
 from common import Device, load_model, newest_run, start_id
 from configurator import run
-from data import fill_template
+from data import prompt_ids
 from decode import beam_search, prepare, stream_text
 from files import local_folder, read_text
 
@@ -62,8 +62,15 @@ def write(model, tok, text: str, number: int, template: str | None = None):
     """Prints what the model makes of a prompt (of an instruction, with a template), then tokens and
     tokens/s; `number` seeds it."""
     if template:
-        text = "".join(fill_template(template, text.strip(), instruct_input.strip()))
-    idx = encode_prompt(text, tok, model.config.block_size).to(model.transformer.wte.weight.device)
+        T = model.config.block_size
+        ids, cut = prompt_ids(tok, template, text.strip(), instruct_input.strip(),
+                              max(1, T // 2, T - max_new_tokens))
+        if cut:
+            print(f"note: the prompt does not fit the context of {T}: its end was cut")
+        idx = torch.tensor([ids])
+    else:
+        idx = encode_prompt(text, tok, model.config.block_size)
+    idx = idx.to(model.transformer.wte.weight.device)
     prompt = "" if template else tok.decode([i for i in idx[0].tolist() if i != tok.eos_id])
     options = (max_new_tokens, temperature, top_k, top_p, tok.eos_id,
                torch.Generator().manual_seed(seed + number))

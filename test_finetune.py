@@ -23,6 +23,7 @@ import sample as sampler
 from common import Device, load_model, save_best
 from configurator import configure, find_settings
 from convert import load_nanogpt
+from data import fill_template, prompt_ids
 from files import load_torch
 from lora import (
     LoRALinear,
@@ -312,13 +313,17 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_templates(tmp_path, monkeypatch):
-    whole = "".join(script.fill_template(script.ALPACA, "Add {input} up.", "1 {output} 2"))
+    whole = "".join(fill_template(script.ALPACA, "Add {input} up.", "1 {output} 2"))
     assert whole.endswith("### Instruction:\nAdd {input} up.\n\n### Input:\n1 {output} 2\n\n"
                           "### Response:\n")
-    head, tail = script.fill_template(script.ALPACA, "Count.")
+    head, tail = fill_template(script.ALPACA, "Count.")
     assert head.endswith("### Instruction:\nCount.") and tail == "\n\n### Response:\n"
-    assert script.fill_template("{instruction} {input}> {output}", "a") == ("a", " > ")
-    assert script.fill_template("{input}\n\n{instruction}\n{output}", "a", "b") == ("b", "\n\na\n")
+    assert fill_template("{instruction} {input}> {output}", "a") == ("a", " > ")
+    tok = open_tokenizer("bytes")
+    for room, want in ((9, "do abcd>"), (7, "do abc>"), (3, "do>"), (1, ">")):
+        prompt, cut = prompt_ids(tok, "{instruction} {input}>{output}", "do", "abcd", room)
+        assert tok.decode(prompt) == want and cut == (room < 8)
+    assert fill_template("{input}\n\n{instruction}\n{output}", "a", "b") == ("b", "\n\na\n")
     for text, word in (("{input} {output}", r"\{instruction\}"),
                        ("{instruction} {output}", r"\{input\}"),
                        ("{instruction} {input}", r"\{output\}"),
