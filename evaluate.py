@@ -267,7 +267,7 @@ def main():
         facts = {"command": command_line(), "model": str(name), "parameters": parameters,
                  "num_prompts": num_prompts, "prompt_words": prompt_words, "seed": seed,
                  "max_new_tokens": max_new_tokens, "rows": [
-                     {key: None if value != value else value for key, value in row.items()}
+                     {key: None if str(value) == "nan" else value for key, value in row.items()}
                      for row in rows]}  # JSON has no nan
         for suffix, text in ((".md", f"`{command_line()}`\n\n{shown}\n"),
                              (".json", json.dumps(facts, indent=1) + "\n")):
