@@ -500,7 +500,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2LMHeadModel
 from common import Device
 rows, env = json.load(open(sys.argv[1])), Device(sys.argv[3], "float32")
-model = get_peft_model(GPT2LMHeadModel.from_pretrained(sys.argv[2]), LoraConfig(
+body = GPT2LMHeadModel.from_pretrained(sys.argv[2]).float()  # else it keeps the dtype of the file
+model = get_peft_model(body, LoraConfig(
     r=16, lora_alpha=32, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True,
     task_type="CAUSAL_LM")).to(env.device).train()
 update = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
