@@ -681,6 +681,14 @@ def test_mistakes_are_one_line(base, tmp_path, argv, word):
     assert "\n" not in str(e.value)
 
 
+def test_no_run_begins_from_what_it_overwrites(base, tmp_path):
+    for name in ("", "best", "previous/best"):
+        shutil.copytree(base, tmp_path / name, dirs_exist_ok=True)
+        with pytest.raises(ValueError, match="lies in the run's own folder"):
+            run_script(tmp_path / name, tmp_path, f"--data={base}/data.json",
+                       f"--template={base}/template")
+
+
 def test_a_folder_in_use_is_refused(base, tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is using"):
         run_script(base, tmp_path)

@@ -350,6 +350,7 @@ BEGIN = {number: "\n".join(invented(number).split("\n")[:3]) for number in (5, 1
     ({"test": {145: invented(145, 40)}}, [], "poem 145 has .* room for 639"),
     ({}, ["--init_from=scratch", "--tokenizer=CHAR"], "no end-of-text"),
     ({}, ["--init_from=scratch", "--tokenizer=FEW"], "poem 1: character"),
+    ({}, ["--num_beams=99999"], r"num_beams must be in 1 … \d+"),
     ({}, ["--candidates=0"], "candidates must be at least 1, got 0"),
     ({}, ["--mode=last_layer"], "mode must be full or lora or last_blocks, got 'last_layer'"),
 ])

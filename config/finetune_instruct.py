@@ -1,4 +1,4 @@
-"""The model in weights/, taught to follow instructions: 95 seconds of one core.
+"""The model in weights/, taught to follow instructions: two minutes of one core.
 
     python finetune_instruct.py config/finetune_instruct.py --data=instruction-data.json
     python finetune_instruct.py config/finetune_instruct.py --data=instruction-data.json \\
