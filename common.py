@@ -369,7 +369,7 @@ def read_checkpoint(path: Path, fields: dict | None = None) -> dict:
         raise ValueError(f"{path} is damaged: {what}") from None
     if damaged:
         raise ValueError(f"{path} is damaged: {damaged!r} in it has another checksum")
-    checkpoint = {"skipped": 0} | load_torch(path)
+    checkpoint = {"skipped": 0, "loss_sum": 0.0, "counted": 0} | load_torch(path)  # older ones lack these
     for name, kind in (fields or CHECKPOINT).items():
         value = checkpoint.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or kind is int and value < 0 or (

@@ -132,8 +132,10 @@ def documents(data, name: str):
 def cut(text: str) -> tuple[str, str] | None:
     """(prompt, ending) of a story; None if it is too short. The ending begins with white space,
     where no token runs across."""
-    match = re.match(rf"\s*\S+(\s+\S+){{{prompt_words - 1}}}(?=\s+\S)", text)
-    return (match[0].lstrip(), text[match.end():].rstrip()) if match else None
+    ends = [word.end() for word in islice(re.finditer(r"\S+", text), prompt_words + 1)]
+    if len(ends) <= prompt_words:
+        return None
+    return text[:ends[-2]].lstrip(), text[ends[-2]:].rstrip()
 
 
 # ---- the model ----

@@ -101,11 +101,16 @@ EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
 
 # ---- tables ----
 
+def written(value) -> str:
+    """A value as it stands in a file; halves of surrogate pairs, which JSON can hold, as \\uD800."""
+    return str(value).strip().encode(errors="backslashreplace").decode()
+
+
 def label_name(value, where: str) -> str:
     """The name of a class: a word as it is, 1 of 1, 1.0 and "1.0"."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    name = "" if value is None else str(value).strip()
+    name = "" if value is None else written(value)
     whole = re.fullmatch(r"([+-]?\d+)(\.0*)?", name)
     if not whole and (isinstance(value, float) or re.fullmatch(r"|nan|[+-]?\d*\.\d+", name.lower())):
         raise ValueError(f"{where} has the label {value!r}, expected a word or a whole number")
@@ -135,7 +140,7 @@ def as_split(rows, where: str, labels: bool | None) -> dict:
             raise ValueError(f"row {number} of {where} has no text: {row!r:.60}")
         split["row"].append(number)
         split["text"].append(tuple(text or "" for text in texts))
-        split["id"].append(str(row.get("id", number)).strip())
+        split["id"].append(written(row.get("id", number)))
     found = [row.get(columns[2]) for row in rows]
     none = {"" if value is None else str(value).strip() for value in found} <= {"", "-1", "-1.0"}
     if columns[2] and (labels or labels is None and not none):  # blank or -1: the ways to have none

@@ -103,6 +103,7 @@ request.
 FIELDS = ("instruction", "input", "output")
 CHECKPOINT = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict,
               "step": int, "tokens": int, "elapsed_s": float, "best_loss": float, "before": float,
+              "loss_sum": float, "counted": int, "skipped": int,
               "base": str, "template": str, "tokenizer": str, "data": str}
 FROM_ONE = ("epochs", "batch_size", "log_interval", "max_new_tokens", "eval_interval")
 CHOICES = {"mode": ("full", "lora", "last_blocks")}
@@ -357,14 +358,15 @@ def main():
         align(raw_model, backward)
         raw_model.zero_grad(set_to_none=True)
     update = build_optimizer(raw_model, "adamw", learning_rate, weight_decay, (0.9, 0.999))
-    step, tokens, elapsed, best_loss, before = 0, 0, 0.0, math.inf, None
+    step, tokens, elapsed, best_loss, before, skipped = 0, 0, 0.0, math.inf, None, 0
+    loss_sum, counted = 0.0, 0  # of the tokens since the last row, on all ranks
     if checkpoint is not None:
         with fitting(out / "ckpt.pt"):
             restore(update, checkpoint["optimizer"])
             if checkpoint["scaler"]:  # empty where the dtype was not float16
                 env.scaler.load_state_dict(checkpoint["scaler"])
-        step, tokens, elapsed, best_loss, before = (
-            checkpoint[key] for key in ("step", "tokens", "elapsed_s", "best_loss", "before"))
+        step, tokens, elapsed, best_loss, before, skipped, loss_sum, counted = (checkpoint[key] for key in (
+            "step", "tokens", "elapsed_s", "best_loss", "before", "skipped", "loss_sum", "counted"))
         if step >= max_steps and (out / "results.json").is_file():
             say(f"{out} is finished: {step} updates, best dev loss {best_loss:.4f}; see "
                 f"{out / 'results.json'}, or: python sample.py --init_from={out} --instruct \"…\"")
@@ -403,16 +405,18 @@ def main():
                 "model": raw_model.state_dict(), "optimizer": update.state_dict(),
                 "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
                 "elapsed_s": elapsed, "best_loss": best_loss, "before": before, "base": base,
+                "loss_sum": loss_sum, "counted": counted, "skipped": skips.total,
                 "template": form, "config": vars(config), "settings": settings,
                 "tokenizer": tokenizer.to_json(), "data": known})
             metrics.plot()
 
+    skips = Skips(env, total=skipped)
     if step == 0:
         log({"step": 0, "tokens": 0, "elapsed_s": 0.0}, True)
-    stop, skips, norms, batches = StopSignal(), Skips(env), [], None
-    loss_sum, counted = torch.zeros((), device=env.device), 0
+    stop, norms, batches = StopSignal(), [], None
+    mine_sum = torch.tensor(loss_sum if env.rank == 0 else 0.0, device=env.device)
     # ---- the loop ----
-    clock = time.perf_counter()
+    clock, since = time.perf_counter(), tokens
     while step < max_steps:
         epoch, at = divmod(step, per_epoch)
         if batches is None or at == 0:
@@ -428,31 +432,35 @@ def main():
             loss = model(*collate(mine or rows[:1], train_on_all, env.device)) * bool(mine)
         env.scaler.scale(loss * (env.world / n)).backward()  # DDP takes the mean over the ranks
         norms.append(env.update(update, raw_model.parameters(), grad_clip))
-        loss_sum += loss.detach()
+        mine_sum += loss.detach()
         step, tokens, counted = step + 1, tokens + n, counted + n
 
         last = step == max_steps
         seen = last or step % interval == 0
+        shown = seen or step % log_interval == 0
         stopping = env.sum(bool(stop.received))[0] > 0  # on every rank, or none
-        if not (seen or stopping or step % log_interval == 0):
+        if not (shown or stopping):
             continue
-        mean = env.sum(loss_sum.item())[0] / counted  # over the updates since the last line
+        loss_sum = env.sum(mine_sum.item())[0]
+        mean = loss_sum / counted
         norm = norms[-1].item()
         skips.see(norms, step, say)
         now = time.perf_counter()
-        elapsed, rate = elapsed + now - clock, counted / (now - clock)
+        elapsed, rate = elapsed + now - clock, (tokens - since) / (now - clock)
         say(f"update {step:5}/{max_steps}  loss {mean:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
             f"{rate:,.0f} tok/s")
-        if seen or step % log_interval == 0:  # else this stop would leave a row of its own
+        if shown:  # else this stop would leave a row of its own
             log({"step": step, "tokens": tokens, "train_loss": mean, "lr": lr, "grad_norm": norm,
                  "skipped": skips.total or None, "tokens_per_s": rate, "elapsed_s": elapsed}, seen)
+            mine_sum.zero_()
+            loss_sum, counted = 0.0, 0
         if seen or stopping:
             save()
         if stopping and not last:
             say(f"stopped by {stop.received or 'a signal'} at update {step}; go on with the same "
                 "command and --init_from=resume")
             return env.close()
-        loss_sum, norms, counted, clock = torch.zeros_like(loss_sum), [], 0, time.perf_counter()
+        norms, clock, since = [], time.perf_counter(), tokens
 
     # ---- judged on the test split ----
     stop.over()

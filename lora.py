@@ -19,15 +19,7 @@ TARGETS = ("c_attn", "c_proj", "c_fc")  # all linear layers of the blocks
 
 
 class LoRALinear(Linear):
-    """A Linear with an adapter; `weight` and `bias` are the base's own, under its names."""
-
-    def __init__(self, linear: Linear, rank: int, alpha: float, dropout: float):
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
-        self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT, and nn.Linear itself
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+    """A Linear with an adapter; `add_lora` makes it of a Linear, in place."""
 
     def forward(self, x):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
@@ -52,9 +44,16 @@ def add_lora(model, rank: int, alpha: float, dropout: float = 0.0, targets=TARGE
             raise ValueError(f"no linear layer to adapt is called {target!r}; there are: {there}")
     model.requires_grad_(False)
     model.lora_targets = list(targets)
-    ends = tuple(f".{target}" for target in targets)
-    _replace(model, {module for name, module in linears.items() if name.endswith(ends)},
-             lambda linear: LoRALinear(linear, rank, alpha, dropout))
+    for linear in (m for name, m in linears.items() if name.endswith(tuple(f".{t}" for t in targets))):
+        linear.__class__ = LoRALinear
+        linear.rank, linear.alpha, linear.dropout = rank, alpha, dropout
+        linear.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
+        linear.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))  # as PEFT, and nn.Linear itself
+
+
+def adapted(model) -> list[LoRALinear]:
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 
 @torch.no_grad()
@@ -62,7 +61,7 @@ def align(model, backward):
     """Turns each A, in place, along the gradient of its layer's weight, which `backward()` is to
     compute: of all updates of this rank the first, while B is zero, is then the steepest. As LoRA-GA
     (Wang et al. 2024), but B stays zero and the base as it is."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    layers = adapted(model)
     for layer in layers:
         layer.weight.requires_grad_(True)
     with torch.enable_grad():
@@ -84,26 +83,20 @@ def align(model, backward):
 def merge(model):
     """Adds the adapters into the weights, in place: until `unmerge` the model is a plain GPT, which
     can be saved, decoded and quantized as any other."""
-    def plain(layer):
-        linear = Linear(layer.in_features, layer.out_features, device="meta")
+    for layer in adapted(model):
         delta = layer.lora_B @ layer.lora_A * (layer.alpha / layer.rank)
-        linear.weight, linear.bias = nn.Parameter(layer.weight + delta, False), layer.bias
-        linear.unmerged = [layer]  # in a list: no part of the model meanwhile
-        return linear
-    _replace(model, {m for m in model.modules() if isinstance(m, LoRALinear)}, plain)
+        layer.unmerged = {name: getattr(layer, name) for name in ("weight", "lora_A", "lora_B")}
+        layer.weight = nn.Parameter(layer.weight + delta, False)
+        del layer.lora_A, layer.lora_B
+        layer.__class__ = Linear
 
 
 def unmerge(model):
     """Puts the base and its adapters back, bit for bit as they were before `merge`."""
-    _replace(model, {m for m in model.modules() if hasattr(m, "unmerged")},
-             lambda linear: linear.unmerged[0])
-
-
-def _replace(model, chosen: set, make):
-    for name, module in list(model.named_modules()):
-        if module in chosen:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, make(module).train(module.training))
+    for layer in (m for m in model.modules() if hasattr(m, "unmerged")):
+        layer.__class__ = LoRALinear
+        for name, parameter in vars(layer).pop("unmerged").items():
+            setattr(layer, name, parameter)
 
 
 def set_trainable(model, mode: str, train_blocks: int = 1, rank: int = 16, alpha: float = 32.0,
@@ -139,7 +132,7 @@ def adapter_tensors(model) -> dict:
 def save_adapter(model, folder, base_name: str):
     """Writes adapter_config.json and adapter_model.safetensors as PEFT's PeftModel.from_pretrained
     reads them. base_name: the hub name or folder of the model that they belong to."""
-    layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
+    layer = adapted(model)[0]
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
         "r": layer.rank, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "bias": "none",

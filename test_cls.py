@@ -414,7 +414,8 @@ def test_labels_that_are_not_there_and_texts_that_are_null():
 def test_labels():
     for value, name in ((1, "1"), (1.0, "1"), ("1.0", "1"), (" good ", "good"), (0, "0"),
                         (-1, "-1"), ("007", "7"), ("infer", "infer"), (True, "True"),
-                        ("12345678901234567891", "12345678901234567891"), ("inf", "inf")):
+                        ("12345678901234567891", "12345678901234567891"), ("inf", "inf"),
+                        ("a\ud800", "a\\ud800")):
         assert script.label_name(value, "row 1") == name
     for value in (None, "", "  ", 0.5, "2.5", float("nan"), "nan"):
         with pytest.raises(ValueError, match="row 3 of it has the label"):
