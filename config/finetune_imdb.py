@@ -1,10 +1,12 @@
 """Sentiment of movie reviews, negative or positive (Large Movie Review Dataset, Maas et al. 2011).
 
-    python finetune_cls.py config/finetune_imdb.py --data_dir=FOLDER    # train and test .jsonl.xz
+    python finetune_cls.py config/finetune_imdb.py --data_dir=FOLDER
     python finetune_cls.py config/finetune_imdb.py                      # from the hub
     python finetune_cls.py config/finetune_imdb.py --data_dir=FOLDER --mode=last_layer --epochs=10
 
 The body: python train.py config/pretrain_imdb.py. A tenth of the training set serves as dev.
+FOLDER has train.jsonl.xz and test_10k.jsonl.xz (10,000 of the 25,000 test reviews; another file:
+--test_file), one {"text": ..., "label": 0 or 1} a line.
 """
 
 out_dir = "out/finetune_imdb"

@@ -3,8 +3,8 @@
     python prepare_text.py
     python train.py config/quickstart.py
 
-nanoGPT's quick-start network (4 layers, 4 heads, width 128, context 64) with the recipe of
-config/race.py, for longer: see README for what it reaches.
+A network of the size of nanoGPT's quick start (4 layers, 4 heads, width 128, context 64) with the
+optimizer and rates of config/race.py, for longer: see README for what it reaches.
 """
 
 out_dir = "out/quickstart"

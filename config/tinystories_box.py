@@ -5,7 +5,7 @@
     OMP_NUM_THREADS=1 python train.py config/tinystories_box.py --dtype=bfloat16
 
 config/tinystories_cpu.py with as much width as 9 MB in float16 hold, and 2.4 epochs of 19,837
-stories instead of one. With all of TinyStories, give more --max_steps and no --limit.
+stories instead of 0.9. With all of TinyStories, give more --max_steps and no --limit.
 """
 
 out_dir = "out/tinystories_box"
