@@ -133,14 +133,12 @@ def read_records(name: str, say=print) -> list[dict]:
         record["input"] = record["input"] or ""
         bad = [field for field, text in record.items()
                if not isinstance(text, str) or not text.strip() and field != "input"]
-        if not bad:
+        if bad:
+            faults.append(f"record {number} of {name}: {bad[0]} is {record[bad[0]]!r:.40}, expected "
+                          f"some text; the record is {row!r:.70}")
+        else:
             records.append({field: text.strip() for field, text in record.items()})
-            continue
-        faults.append(f"record {number} of {name}: {bad[0]} is {record[bad[0]]!r:.40}, expected some "
-                      f"text; the record is {row!r:.70}")
-        if here:
-            raise ValueError(faults[0])
-    if faults and not records:
+    if faults and (here or not records):
         raise ValueError(faults[0])
     if faults:
         say(f"{len(faults):,} of {len(records) + len(faults):,} records left out; {faults[0]}")
