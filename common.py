@@ -320,10 +320,10 @@ class Skips:
 
 # ---- a run's folder ----
 
-# What a checkpoint of train.py must hold, before anything in it is used.
+# What every checkpoint must hold, before anything in it is used.
 CHECKPOINT = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict,
-              "step": int, "tokens": int, "windows": int, "skipped": int, "elapsed_s": float,
-              "best_loss": float, "tokenizer": str}
+              "step": int, "tokens": int, "skipped": int, "elapsed_s": float, "best_loss": float,
+              "tokenizer": str}
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -355,10 +355,10 @@ def save_checkpoint(path, checkpoint: dict, keep: int = 1, last_step: int | None
         old.unlink()
 
 
-def read_checkpoint(path: Path, fields: dict | None = None) -> dict:
+def read_checkpoint(path: Path, **more: type) -> dict:
     """A checkpoint whose every byte agrees with the CRC-32s in the file, which torch.load does not
-    ask; ValueError in one line for one that is damaged, or has not the fields ({name: type}; None:
-    train.py's) of this script's."""
+    ask; ValueError in one line for one that is damaged, or has not the fields of every checkpoint
+    and `more` of this script's."""
     try:
         with naming(path), zipfile.ZipFile(path) as file:
             damaged = file.testzip()
@@ -370,12 +370,12 @@ def read_checkpoint(path: Path, fields: dict | None = None) -> dict:
     if damaged:
         raise ValueError(f"{path} is damaged: {damaged!r} in it has another checksum")
     checkpoint = {"skipped": 0, "loss_sum": 0.0, "counted": 0} | load_torch(path)  # older ones lack these
-    for name, kind in (fields or CHECKPOINT).items():
+    for name, kind in (CHECKPOINT | more).items():
         value = checkpoint.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or kind is int and value < 0 or (
                 name == "elapsed_s" and not math.isfinite(value)):
-            raise ValueError(f"{path} was not written by {'this script' if fields else 'train.py'} (its "
-                             f"{name} is {type(value).__name__}); convert.py reads nanoGPT's")
+            raise ValueError(f"{path} was not written by this script (its {name} is "
+                             f"{type(value).__name__}); convert.py reads nanoGPT's")
     return checkpoint
 
 
@@ -389,13 +389,13 @@ def same_settings(path: Path, checkpoint: dict, settings: dict, fixed):
 
 
 def newest_checkpoint(out_dir: Path):
-    """(path, checkpoint, faults) of the newest whole checkpoint in a run's folder; faults: one line
+    """(path, checkpoint, faults) of train.py's newest whole checkpoint in a folder; faults: one line
     for each newer one. (None, None, []) where there is none and never was. ValueError where none is
     left that is whole: to begin anew must be asked for."""
     found, faults = checkpoints(out_dir), []
     for path in found:
         try:
-            return path, read_checkpoint(path), faults
+            return path, read_checkpoint(path, windows=int), faults
         except (ValueError, OSError) as e:
             faults.append(str(e))
     if found:

@@ -101,10 +101,6 @@ request.
 ### Response:
 {output}"""
 FIELDS = ("instruction", "input", "output")
-CHECKPOINT = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict,
-              "step": int, "tokens": int, "elapsed_s": float, "best_loss": float, "before": float,
-              "loss_sum": float, "counted": int, "skipped": int,
-              "base": str, "template": str, "tokenizer": str, "data": str}
 FROM_ONE = ("epochs", "batch_size", "log_interval", "max_new_tokens", "eval_interval")
 CHOICES = {"mode": ("full", "lora", "last_blocks")}
 FIXED = ("data", "template", "block_size", "seed", "mode", "train_blocks", "lora_rank",
@@ -304,7 +300,8 @@ def main():
         raise ValueError(f"no {out / 'ckpt.pt'} to resume from; give a model with --init_from")
     env.lock(out)
     if init_from == "resume":
-        checkpoint = read_checkpoint(out / "ckpt.pt", CHECKPOINT)
+        checkpoint = read_checkpoint(out / "ckpt.pt", before=float, loss_sum=float, counted=int,
+                                     base=str, template=str, data=str)
         same_settings(out / "ckpt.pt", checkpoint, settings, FIXED)
         with fitting(out / "ckpt.pt"):
             raw_model = GPT(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
