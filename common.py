@@ -420,9 +420,12 @@ def fitting(path):
                          "was written by another script") from None
 
 
-def restore(update, saved: dict):
-    """Loads an optimizer's state, but not its settings, which are today's; ValueError where it is
-    not the state of these parameters."""
+def restore(checkpoint: dict, update, scaler):
+    """Loads the state of an optimizer, but not its settings, which are today's, and that of float16's
+    scaler; ValueError where it is not the state of these parameters."""
+    saved = checkpoint["optimizer"]
+    if checkpoint["scaler"]:  # empty where the dtype was not float16
+        scaler.load_state_dict(checkpoint["scaler"])
     for old, new in zip(saved["param_groups"], update.param_groups):
         old |= {key: value for key, value in new.items() if key != "params"}
     update.load_state_dict(saved)

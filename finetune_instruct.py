@@ -317,9 +317,6 @@ def main():
         base = str(folder.resolve()) if folder.is_dir() else init_from  # by which PEFT finds it
     trained = set_trainable(raw_model, mode, train_blocks, lora_rank, lora_alpha,
                             lora_dropout, lora_targets)
-    if checkpoint is not None:
-        with fitting(out / "ckpt.pt"):
-            raw_model.load_state_dict(checkpoint["model"])
     raw_model.to(env.device).train()
     config, parameters = raw_model.config, raw_model.num_params()
 
@@ -357,9 +354,8 @@ def main():
     loss_sum, counted = 0.0, 0  # of the tokens since the last row, on all ranks
     if checkpoint is not None:
         with fitting(out / "ckpt.pt"):
-            restore(update, checkpoint["optimizer"])
-            if checkpoint["scaler"]:  # empty where the dtype was not float16
-                env.scaler.load_state_dict(checkpoint["scaler"])
+            raw_model.load_state_dict(checkpoint["model"])
+            restore(checkpoint, update, env.scaler)
         step, tokens, elapsed, best_loss, before, skipped, loss_sum, counted = (checkpoint[key] for key in (
             "step", "tokens", "elapsed_s", "best_loss", "before", "skipped", "loss_sum", "counted"))
         if step >= max_steps and (out / "results.json").is_file():

@@ -299,7 +299,7 @@ def test_an_update_whose_gradient_is_not_finite_changes_nothing():
             assert all(p.grad is None for p in model.parameters())
             if bad and hasattr(update, "adamw"):
                 other = make(model)
-                restore(other, update.state_dict())
+                restore({"optimizer": update.state_dict(), "scaler": {}}, other, env.scaler)
                 assert not other.state
 
 

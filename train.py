@@ -264,9 +264,7 @@ def main():
     step, tokens, windows, elapsed, best_loss, skipped = 0, 0, 0, 0.0, math.inf, 0
     if checkpoint is not None:
         with fitting(path):
-            restore(update, checkpoint["optimizer"])
-            if checkpoint["scaler"]:  # empty where the dtype was not float16
-                env.scaler.load_state_dict(checkpoint["scaler"])
+            restore(checkpoint, update, env.scaler)
         step, tokens, windows, elapsed, best_loss, skipped = (checkpoint[key] for key in (
             "step", "tokens", "windows", "elapsed_s", "best_loss", "skipped"))
     if env.sum(step)[0] != step * env.world:
