@@ -443,13 +443,6 @@ def restore(checkpoint: dict, update, scaler):
                 state[key] = torch.empty_like(like).copy_(state[key])
 
 
-def set_damaged_aside(out_dir: Path, checkpoint: Path):
-    """Renames checkpoints that are newer than the one that is resumed, which are damaged."""
-    found = checkpoints(out_dir)
-    for path in found[:found.index(checkpoint)]:
-        os.replace(path, path.with_name(f"{path.name}.damaged"))
-
-
 def save_best(out_dir: Path, model, tokenizer, **config):
     """Puts a model, its adapters merged, and its tokenizer into OUT/best as a Hugging Face folder,
     which is whole at every moment. config: further fields of its config.json."""

@@ -11,6 +11,7 @@
 
 import gc
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -35,7 +36,6 @@ from common import (
     save_best,
     save_checkpoint,
     set_aside,
-    set_damaged_aside,
     start_id,
 )
 from configurator import run
@@ -316,7 +316,8 @@ def main():
         if path is None:
             set_aside(out)
         else:
-            set_damaged_aside(out, path)
+            for damaged in checkpoints(out)[:len(faults)]:
+                os.replace(damaged, f"{damaged}.damaged")
         metrics = Metrics(out, step or -1)
         if wandb_project:
             import wandb
@@ -402,7 +403,6 @@ def main():
         norms, skipped = [], skips.total
         now = time.perf_counter()
         elapsed, rate = elapsed + now - clock, (step - counted) / (now - clock)
-        clock, counted = now, step
         peak = env.peak_flops()
         mfu = peak and rate * per_update * raw_model.flops_per_token(block_size) / (peak * env.world)
         row = {"step": step, "tokens": tokens, "train_loss": loss / env.world,
@@ -426,7 +426,7 @@ def main():
                 "the same torchrun line and --init_from=resume"
             say(f"stopped by {stop.received or 'a signal'} at step {step}; go on with: {command}")
             return env.close()
-        clock = time.perf_counter()  # evaluating and saving is not training
+        clock, counted = time.perf_counter(), step  # evaluating and saving is not training
     if env.rank == 0:
         print(f"{metrics.sketch()}\ndone: {step:,} steps, {tokens:,} tokens, {duration(elapsed)} of "
               f"training, best validation loss {best_loss:.4f}\n{len(saves)} checkpoints, "
