@@ -348,7 +348,6 @@ def main():
                     loss = net(*collate([train[i] for i in pair], train_on_all, env.device))
                 loss.backward()
         align(raw_model, backward)
-        raw_model.zero_grad(set_to_none=True)
     update = build_optimizer(raw_model, "adamw", learning_rate, weight_decay, (0.9, 0.999))
     step, tokens, elapsed, best_loss, before, skipped = 0, 0, 0.0, math.inf, None, 0
     loss_sum, counted = 0.0, 0  # of the tokens since the last row, on all ranks

@@ -70,13 +70,12 @@ def align(model, backward):
         raise ValueError("the gradient that the adapters are aligned along is not finite: the model or "
                          "the data is damaged; --lora_align=0 starts at random")
     for layer in layers:
-        rank = min(layer.rank, *layer.weight.shape)
-        grad = layer.weight.grad
+        grad, rank = layer.weight.grad, min(layer.rank, *layer.weight.shape)
         *_, V = torch.svd_lowrank(grad.cpu() if grad.is_mps else grad,  # no QR there, or a slow one
                                   min(rank + 8, *grad.shape), niter=4)
         layer.lora_A[:rank] = V[:, :rank].t() / math.sqrt(3)  # rows as long as at random
-        layer.weight.grad = None
         layer.weight.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()
@@ -159,12 +158,12 @@ def load_adapter(model, folder):
     add_lora(model, config.get("r", 8), config.get("lora_alpha", 8),
              config.get("lora_dropout", 0.0), sorted(names))
     ours = adapter_tensors(model)
-    for key in sorted(ours.keys() | found.keys()):
-        shape, want = (list(tensors[key].shape if tensors is ours else tensors[key][0])
-                       if key in tensors else "none" for tensors in (found, ours))
-        if shape != want:
-            raise ValueError(f"{folder} is an adapter for another base: {key} has shape {shape}, "
-                             f"this model needs {want}")
+    theirs = {key: list(shape) for key, (shape, _) in found.items()}
+    needed = {key: list(parameter.shape) for key, parameter in ours.items()}
+    for key in sorted(theirs | needed):
+        if theirs.get(key) != needed.get(key):
+            raise ValueError(f"{folder} is an adapter for another base: {key} has shape "
+                             f"{theirs.get(key, 'none')}, this model needs {needed.get(key, 'none')}")
     for key, parameter in ours.items():
         tensor = found[key][1]()
         if not tensor.is_floating_point():
