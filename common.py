@@ -28,7 +28,9 @@ from files import (
     replacing,
     write_text,
 )
+from lora import load_adapter, merge, unmerge
 from model import GPT
+from tokenizer import from_json, open_tokenizer
 
 # Dense bfloat16 peak of chips in FLOP/s, from the makers' data sheets, by a part of the name that
 # torch.cuda.get_device_name gives. A chip that is not here has no MFU rather than a wrong one.
@@ -446,7 +448,6 @@ def restore(checkpoint: dict, update, scaler):
 def save_best(out_dir: Path, model, tokenizer, **config):
     """Puts a model, its adapters merged, and its tokenizer into OUT/best as a Hugging Face folder,
     which is whole at every moment. config: further fields of its config.json."""
-    from lora import merge, unmerge
     best, new = out_dir / "best", out_dir / "best.part"
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     folder = best if (best / "config.json").is_file() else new
@@ -597,7 +598,6 @@ def newest_run() -> str:
 def model_tokenizer(name, revision: str | None = None):
     """The Tokenizer that lies with a model (a run folder, a Hugging Face folder or a hub name), or
     None."""
-    from tokenizer import from_json, open_tokenizer
     folder = local_folder(name)
     if (folder / "ckpt.pt").is_file():
         return from_json(load_torch(folder / "ckpt.pt").get("tokenizer", ""))
@@ -617,10 +617,8 @@ def load_model(name, tokenizer=None, **options):
     options go to GPT.from_pretrained. A model without tokenizer files is taken for GPT-2's; another
     tokenizer, or its name, may be given. ValueError when its size is not the model's.
     """
-    from tokenizer import open_tokenizer
     folder = local_folder(name)
     if (folder / "adapter_config.json").is_file():
-        from lora import load_adapter, merge
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not isinstance(base, str):
             raise ValueError(f"{folder / 'adapter_config.json'} names no base model: its "
