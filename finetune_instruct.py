@@ -261,7 +261,7 @@ def evaluate(net: AnswerLoss, rows, env) -> float:
 
 def answers(gpt: GPT, tokenizer, prompts) -> list[str]:
     """Greedy answers to prompts (lists of ids), in left-padded batches with the KV cache."""
-    texts, order = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts, order = [""] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for chunk in (order[start:start + 32] for start in range(0, len(order), 32)):
         idx, mask = left_padded([prompts[i] for i in chunk], gpt.transformer.wte.weight.device)
         new = gpt.generate(idx, max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id,
@@ -269,7 +269,7 @@ def answers(gpt: GPT, tokenizer, prompts) -> list[str]:
         for i, ids in zip(chunk, new.tolist()):
             end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
             texts[i] = tokenizer.decode(ids[:end]).strip()
-    return [texts[i] for i in range(len(prompts))]
+    return texts
 
 
 # ---- what is shown ----
@@ -389,17 +389,6 @@ def main():
         if env.rank == 0:
             metrics.log(**row)
 
-    def save():
-        if env.rank == 0:
-            save_checkpoint(out / "ckpt.pt", {
-                "model": raw_model.state_dict(), "optimizer": update.state_dict(),
-                "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
-                "elapsed_s": elapsed, "best_loss": best_loss, "before": before, "base": base,
-                "loss_sum": loss_sum, "counted": counted, "skipped": skips.total,
-                "template": form, "config": vars(config), "settings": settings,
-                "tokenizer": tokenizer.to_json(), "data": known})
-            metrics.plot()
-
     skips = Skips(env, total=skipped)
     if step == 0:
         log({"step": 0, "tokens": 0, "elapsed_s": 0.0}, True)
@@ -444,8 +433,15 @@ def main():
                  "skipped": skips.total or None, "tokens_per_s": rate, "elapsed_s": elapsed}, seen)
             mine_sum.zero_()
             loss_sum, counted = 0.0, 0
-        if seen or stopping:
-            save()
+        if env.rank == 0 and (seen or stopping):
+            save_checkpoint(out / "ckpt.pt", {
+                "model": raw_model.state_dict(), "optimizer": update.state_dict(),
+                "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
+                "elapsed_s": elapsed, "best_loss": best_loss, "before": before, "base": base,
+                "loss_sum": loss_sum, "counted": counted, "skipped": skips.total,
+                "template": form, "config": vars(config), "settings": settings,
+                "tokenizer": tokenizer.to_json(), "data": known})
+            metrics.plot()
         if stopping and not last:
             say(f"stopped by {stop.received or 'a signal'} at update {step}; go on with the same "
                 "command and --init_from=resume")
@@ -458,7 +454,7 @@ def main():
     best = GPT.from_pretrained(out / "best").to(env.device)
     after = evaluate(AnswerLoss(best), test, env)
     if env.rank == 0:
-        room = max(1, config.block_size // 2, config.block_size - max_new_tokens)
+        room = max(config.block_size // 2, config.block_size - max_new_tokens)
         texts = answers(prepare(best), tokenizer, [  # not `test`'s, whose length tells that of the true answer
             prompt_ids(tokenizer, form, records[i]["instruction"], records[i]["input"], room)[0]
             for i in parts[2]])

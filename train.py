@@ -323,22 +323,6 @@ def main():
             import wandb
             wandb.init(project=wandb_project, name=out.name, config=settings)
 
-    saved_at, saves = step if path == out / "ckpt.pt" else None, []  # the step; seconds of each
-
-    def save():
-        nonlocal saved_at
-        if env.rank == 0:
-            begun = time.perf_counter()
-            metrics.sync()
-            save_checkpoint(out / "ckpt.pt", {
-                "model": raw_model.state_dict(), "optimizer": update.state_dict(),
-                "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
-                "windows": windows, "elapsed_s": elapsed, "best_loss": best_loss, "skipped": skipped,
-                "config": vars(config), "settings": settings, "tokenizer": tokenizer_json,
-                "data": data.fingerprint(), "command": command_line()}, keep_checkpoints, saved_at)
-            saved_at = step
-            saves.append(time.perf_counter() - begun)
-
     def evaluate_and_keep(row):
         """Evaluates, keeps the best model, prints a sample; the measures go into the row."""
         nonlocal best_loss
@@ -359,6 +343,7 @@ def main():
         return (f"; it is of windows {first:,} to {first + per_update // block_size - 1:,} of the "
                 "order")
 
+    saved_at, saves = step if path == out / "ckpt.pt" else None, []  # the step; seconds of each
     stop, skips = StopSignal(), Skips(env, max_skipped, skipped)
     fetcher = ThreadPoolExecutor(1)
 
@@ -417,10 +402,18 @@ def main():
             metrics.log(**row)
             if wandb_project:
                 wandb.log(row, step=step)
-        if seen or stopping:
-            save()
-            if env.rank == 0:
-                metrics.plot()
+        if env.rank == 0 and (seen or stopping):
+            begun = time.perf_counter()
+            metrics.sync()
+            save_checkpoint(out / "ckpt.pt", {
+                "model": raw_model.state_dict(), "optimizer": update.state_dict(),
+                "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
+                "windows": windows, "elapsed_s": elapsed, "best_loss": best_loss, "skipped": skipped,
+                "config": vars(config), "settings": settings, "tokenizer": tokenizer_json,
+                "data": data.fingerprint(), "command": command_line()}, keep_checkpoints, saved_at)
+            saved_at = step
+            saves.append(time.perf_counter() - begun)
+            metrics.plot()
         if stopping and not last:
             command = command_line(init_from="resume") if env.world == 1 else \
                 "the same torchrun line and --init_from=resume"
