@@ -371,8 +371,7 @@ def main():
                     loss = model(x, y)[1] / accumulation
                 env.scaler.scale(loss).backward()
             loss_sum += loss.detach()
-        norm = env.update(update, raw_model.parameters(), grad_clip)
-        norms.append(norm)
+        norms.append(env.update(update, raw_model.parameters(), grad_clip))
         step, tokens, windows = step + 1, tokens + per_update, windows + per_update // block_size
 
         last = step == max_steps
@@ -382,7 +381,7 @@ def main():
                     and env.sum(bool(stop.received))[0] > 0)  # on every rank, or none
         if not (shown or stopping):
             continue
-        loss = env.sum(loss_sum.item())[0]
+        loss, norm = env.sum(loss_sum.item())[0] / env.world, norms[-1].item()
         skips.see(norms, step, say, where, "lower --learning_rate" + (
             f" and go on from {out / 'ckpt.pt'} with --init_from=resume" if saved_at else ""))
         norms, skipped = [], skips.total
@@ -390,11 +389,11 @@ def main():
         elapsed, rate = elapsed + now - clock, (step - counted) / (now - clock)
         peak = env.peak_flops()
         mfu = peak and rate * per_update * raw_model.flops_per_token(block_size) / (peak * env.world)
-        row = {"step": step, "tokens": tokens, "train_loss": loss / env.world,
-               "lr": learning_rate * scale, "grad_norm": norm.item(), "skipped": skipped or None,
+        row = {"step": step, "tokens": tokens, "train_loss": loss,
+               "lr": learning_rate * scale, "grad_norm": norm, "skipped": skipped or None,
                "tokens_per_s": rate * per_update, "mfu": mfu, "elapsed_s": elapsed}
-        say(f"step {step:5}/{max_steps}  loss {loss / env.world:.4f}  lr {learning_rate * scale:.2e}  "
-            f"norm {norm.item():.2f}  {rate * per_update:,.0f} tok/s"
+        say(f"step {step:5}/{max_steps}  loss {loss:.4f}  lr {learning_rate * scale:.2e}  "
+            f"norm {norm:.2f}  {rate * per_update:,.0f} tok/s"
             + (f"  mfu {mfu:.1%}" if mfu else "") + f"  left {duration((max_steps - step) / rate)}")
         if seen:
             evaluate_and_keep(row)
