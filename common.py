@@ -336,10 +336,9 @@ def checkpoints(out_dir: Path) -> list[Path]:
     return [newest] * newest.is_file() + [older[step] for step in sorted(older, reverse=True)]
 
 
-def save_checkpoint(path, checkpoint: dict, keep: int = 1, last_step: int | None = None):
+def save_checkpoint(path: Path, checkpoint: dict, keep: int = 1, last_step: int | None = None):
     """torch.save of tensors and plain values, whole or not at all; OSError when it cannot. Of what
     was there before, saved at last_step, keep - 1 stay as ckpt-STEP.pt."""
-    path = Path(path)
     with replacing(path) as tmp:
         tmp.touch()  # so that a folder that cannot be written says so in the system's words
         try:
@@ -472,11 +471,10 @@ class Metrics:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     @staticmethod
-    def read(path) -> list[dict]:
+    def read(path: Path) -> list[dict]:
         """The rows of a metrics file, if there is one; what a crash cut short is left out."""
-        rows, path = [], Path(path)
-        lines = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        for line in lines.splitlines():
+        rows, text = [], path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines():
             with suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
         return [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int]
