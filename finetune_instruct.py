@@ -455,7 +455,7 @@ def main():
     after = evaluate(AnswerLoss(best), test, env)
     if env.rank == 0:
         room = max(config.block_size // 2, config.block_size - max_new_tokens)
-        texts = answers(prepare(best), tokenizer, [  # not `test`'s, whose length tells that of the true answer
+        texts = answers(prepare(best), tokenizer, [  # `test`'s are cut by the true answer's length
             prompt_ids(tokenizer, form, records[i]["instruction"], records[i]["input"], room)[0]
             for i in parts[2]])
         judged = [records[i] | {"answer": text} for i, text in zip(parts[2], texts)]
