@@ -4,7 +4,7 @@
         --out=data/imdb8k.json
     python prepare_text.py --name=imdb --input train.jsonl.xz unsup.jsonl.xz --lowercase \\
         --val_fraction=0.01 --tokenizer=data/imdb8k.json
-    python train.py config/pretrain_imdb.py      # --dtype=bfloat16 where the chip has units for it
+    OMP_NUM_THREADS=1 python train.py config/pretrain_imdb.py --dtype=bfloat16    # if the chip has it
 
 The text of the 75,000 reviews of the Large Movie Review Dataset (Maas et al. 2011) that are not for
 testing, without their labels; 750 of them are held out.

@@ -3,7 +3,7 @@
     python prepare_text.py --save_text=data/plays.txt
     python tokenizer.py train --input=data/plays.txt --vocab_size=2048 --out=data/plays2k.json
     python prepare_text.py --name=plays --tokenizer=data/plays2k.json
-    OMP_NUM_THREADS=1 python train.py config/pretrain_plays.py --dtype=bfloat16    # where the chip has units for it
+    OMP_NUM_THREADS=1 python train.py config/pretrain_plays.py --dtype=bfloat16    # if the chip has it
 
 4.8 MB, of which the last tenth is for validation. The poems are not in it.
 """
