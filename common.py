@@ -150,6 +150,12 @@ class Device:
         dist.all_reduce(total)
         return total.tolist()
 
+    def any(self, flag, waited: bool) -> bool:
+        """Whether a rank has the flag, the same answer on all; on several GPUs it is asked only where
+        they are waited for anyway, else every step would wait."""
+        ask = waited or self.world == 1 or self.type == "cpu"
+        return ask and self.sum(bool(flag))[0] > 0
+
     def peak_memory(self) -> int | None:
         """The most bytes that this process has held: of the GPU, or resident."""
         if self.type == "cuda":

@@ -583,12 +583,13 @@ def main():
             norms.append(env.update(update, trained, grad_clip))
             step, texts, counted = step + 1, texts + n, counted + n
             tokens += int(lengths[batch].sum())
-            stopped = step < max_steps and env.sum(bool(stop.received))[0] > 0  # on all ranks, or none
+            shown = step % log_interval == 0 or step % per_epoch == 0
+            stopped = step < max_steps and env.any(stop.received, shown)
             if stopped:
                 say(f"stopped by {stop.received or 'a signal'} at update {step} of {max_steps}; "
                     + (f"epoch {best_epoch}, the best, is judged" if kept else "nothing saved yet"))
                 break
-            if step % log_interval == 0 or step % per_epoch == 0:
+            if shown:
                 skips.see(norms, step, say)
                 row = {"train_loss": env.sum(float(loss_sum))[0] / counted, "lr": rate * scale,
                        "skipped": skips.total or None}

@@ -417,7 +417,7 @@ def main():
         last = step == max_steps
         seen = last or step % interval == 0
         shown = seen or step % log_interval == 0
-        stopping = env.sum(bool(stop.received))[0] > 0  # on every rank, or none
+        stopping = env.any(stop.received, shown)
         if not (shown or stopping):
             continue
         loss_sum = env.sum(mine_sum.item())[0]

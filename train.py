@@ -377,8 +377,7 @@ def main():
         last = step == max_steps
         seen = last or step % eval_interval == 0
         shown = seen or step % log_interval == 0
-        stopping = ((shown or env.world == 1 or env.type == "cpu")  # else each step waits for the GPU
-                    and env.sum(bool(stop.received))[0] > 0)  # on every rank, or none
+        stopping = env.any(stop.received, shown)
         if not (shown or stopping):
             continue
         loss, norm = env.sum(loss_sum.item())[0] / env.world, norms[-1].item()
