@@ -578,10 +578,12 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
     capsys.readouterr()
     run_script(base, tmp_path / "cut", *options, "--init_from=resume")
     assert "is finished: 12 updates" in capsys.readouterr().out
+    torch.save(cut | {"skipped": 2}, tmp_path / "changed")  # not over the file that `cut` is mapped to
+    os.replace(tmp_path / "changed", tmp_path / "cut" / "ckpt.pt")
     run_script(base, tmp_path / "cut", *options, "--init_from=resume", "--epochs=3",
                "--weight_decay=0.5")  # what may change does, and the old judgement is replaced
     more = load_torch(tmp_path / "cut" / "ckpt.pt")
-    assert more["step"] == 18 and more["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert more["step"] == 18 and more["skipped"] == 2 and more["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["settings"]["epochs"] == 3
     for change, word in (("--seed=3", "seed=1337, not 3"), ("--batch_size=4", "batch_size=17"),
                          ("--mode=last_blocks", f"mode={mode}")):

@@ -283,6 +283,16 @@ def test_updates_that_are_not_finite_are_skipped(shared, tmp_path, capsys, monke
         run_train(*common, "--max_steps=100", "--learning_rate=1e30")
 
 
+def test_several_gpus_are_asked_for_a_stop_only_where_they_are_waited_for():
+    env, asked = Device("cpu"), []
+    env.sum = lambda flag: asked.append(flag) or [1.0]
+    for kind, world, waited, asks in (("cuda", 2, False, 0), ("cuda", 2, True, 1), ("cuda", 1, False, 1),
+                                      ("cpu", 2, False, 1)):
+        env.type, env.world = kind, world
+        asked.clear()
+        assert env.any(None, waited) == bool(asks) and len(asked) == asks
+
+
 def test_an_update_whose_gradient_is_not_finite_changes_nothing():
     """Also by an optimizer that knows nothing of it; and Muon's state is then still empty."""
     env = Device("cpu")
