@@ -15,7 +15,7 @@ test: .venv/installed-dev
 	$(PY) -m pytest -q
 
 faults: .venv/installed-dev
-	$(PY) test_faults.py
+	$(PY) tests/test_faults.py
 
 report: .venv/installed
 	$(PY) -m pip install --quiet -r requirements-docs.txt

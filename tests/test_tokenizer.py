@@ -24,7 +24,7 @@ from tokenizer import (
     train_bpe,
 )
 
-TINYSTORIES = Path(__file__).resolve().parent.parent / "shared" / "data" / "tinystories"
+TINYSTORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinystories"
 TEXTS = ["", " ", "\n", "Hello world", "don't we'll I'VE 's", "a  b   c \n\n  d\t\te \r\n",
          "naïve café — 東京 مرحبا", "🙂👩\u200d👩\u200d👧 e\u0301", "١٢٣ 4½ Ⅷ",
          "\x00\x1c\x7f\xa0\xad\u2028\ufeff", "\U0010ffff\ue000", "x" * 300, " " * 40 + "z",

@@ -1,7 +1,7 @@
 """What faults do to a run: kills, full disks, damaged files, hostile files, lost ranks.
 
-    python test_faults.py                       # all of it, some minutes on one core; or make faults
-    python test_faults.py kill disk --kills=200
+    python tests/test_faults.py                       # all of it, some minutes on one core; or make faults
+    python tests/test_faults.py kill disk --kills=200
 
 Not part of the fast suite: pytest finds no test in here. Trainings are forked from this process, which
 has torch loaded, so that one is killed and resumed in half a second. What is lost is named as it
@@ -29,6 +29,7 @@ from itertools import count
 from pathlib import Path
 from unittest import mock
 
+import conftest  # noqa: F401 (it finds the scripts)
 import numpy as np
 import torch
 
@@ -47,7 +48,7 @@ hostile = 200  # meta.json, config.json, tokenizer.json, documents; a tenth of i
 seed = 0
 folder: str | None = None  # where the runs lie; None: a temporary one
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4",
         "--device=cpu", "--sample_tokens=4", "--warmup_steps=2", "--log_interval=1",
         "--dropout=0.1", "--eval_interval=2", "--eval_tokens=200", "--max_steps=40",
@@ -689,7 +690,6 @@ def words(at: Path, data: str, whole: Path):
     from hypothesis import seed as hypothesis_seed
     from hypothesis import settings as hypothesis_settings
     from hypothesis import strategies as st
-
     from test_configurator import junk
     known = find_settings(vars(train))
     defaults = {name: default for name, (default, _, _) in known.items()}

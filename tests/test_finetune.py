@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 from tokenizer import char_tokenizer, open_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 RECORDS = HERE / "../shared/data/instruct/instruction-data.json"
 DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(script)).items()}
 SAMPLER = {name: default for name, (default, _, _) in find_settings(vars(sampler)).items()}

@@ -21,7 +21,7 @@ from test_model import ids, randomise, tiny, tiny_hf
 from tokenizer import open_tokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 DEFAULTS = {module: {name: default for name, (default, _, _) in find_settings(vars(module)).items()}
             for module in (sample, train)}
 

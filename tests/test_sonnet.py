@@ -21,7 +21,7 @@ from decode import beam_search
 from model import GPT, GPTConfig, draw
 from tokenizer import char_tokenizer, open_tokenizer
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 COURSE = HERE / "../shared/data/cs224n"
 DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(script)).items()}
 WORDS = ["rose", "time", "eyes", "love", "sweet", "fair", "summer", "death", "world", "beauty",

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_train import script
 
 import bench
 from common import save_best
 from configurator import configure, find_settings
 from model import GPT, GPTConfig
-from test_train import script
 from tokenizer import open_tokenizer
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(bench)).items()}
 
 

@@ -37,7 +37,7 @@ from model import GPT, GPTConfig
 from optim import AdamW, build_optimizer
 from tokenizer import char_tokenizer, open_tokenizer, train_bpe
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
         "--device=cpu", "--sample_tokens=8", "--warmup_steps=2", "--log_interval=1"]
 DEFAULTS, SAMPLE_DEFAULTS = ({name: default for name, (default, _, _) in find_settings(

@@ -23,7 +23,7 @@ from model import GPT, GPTConfig
 from tokenizer import char_tokenizer, open_tokenizer, train_bpe
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE / "../shared/data"
 DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(script)).items()}
 SPLITS = ("train", "dev", "test")

@@ -13,7 +13,7 @@ import prepare_tinystories
 from configurator import configure, find_settings
 from data import Data, normalize
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 STORIES = [f"Once there was a cat number {i}. It said “hi”.\nThe end." for i in range(50)]
 
 
