@@ -19,6 +19,7 @@ import inspect
 import io
 import os
 import re
+import shlex
 import sys
 import textwrap
 import tokenize
@@ -58,19 +59,16 @@ def configure(settings: dict, argv=None, commands=(), positionals=False) -> list
             kind = kinds.get(name := option[2:].replace("-", "_"))
             if kind is None:
                 raise unknown(option, name, kinds, "--")
-            if equals:
-                got = [text]
-            elif kind.startswith("bool"):
+            is_list, got = kind.startswith("list"), [text] if equals else []
+            if not equals and kind.startswith("bool"):
                 got = ["True"]
-            else:
-                end = next((i for i, w in enumerate(todo) if w.startswith("--")), len(todo))
-                end = end if kind.startswith("list") else min(end, 1)
-                got, todo = todo[:end], todo[end:]
+            while not equals and todo and not todo[0].startswith("--") and (is_list or not got):
+                got.append(todo.pop(0))
             if not got:
                 raise error(f"{option} needs a value: {kind}")
             value = check(option, parse(got, kind), kind)
-            if kind.startswith("list") and value and given.get(name):  # of a single value the later wins
-                raise error(f"{option} is given twice; give all its values at once: {option} ONE TWO …")
+            if is_list and value and given.get(name):  # else the later wins
+                raise error(f"{option} is given twice; give all its values at once: {option} A B")
             values[name] = given[name] = value
         elif word.endswith(".py") and not (words and positionals):
             values = read_config(word, kinds, values)
@@ -90,34 +88,34 @@ def configure(settings: dict, argv=None, commands=(), positionals=False) -> list
 def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None:
     """`main(*configure(...))` for a person at a terminal.
 
-    An error raised by our own code is a message to a person, and so is one of the file system; any
-    other that comes out of a library is a bug. So OSError, and ValueError and ImportError whose
-    innermost frame is in a file of this folder, and torch's for a GPU without room, become one line and
-    exit status 2; the rest keep their traceback.
+    A ValueError or ImportError raised by our own code (the innermost frame is in a file of this
+    folder) is a message to a person, and so are an error of the file system and lack of memory:
+    one line and exit status 2. Any other is a bug and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a text that a terminal cannot show must not end a run
             stream.reconfigure(errors="backslashreplace")
     ranks = os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
     rank = f"[rank {os.environ['RANK']}] " if ranks and "RANK" in os.environ else ""
+    status = 2
     try:
         try:
             main(*configure(settings, argv, commands, positionals))
         finally:
             sys.stdout.flush()  # here, so that a closed pipe shows now and not at shutdown
+        return
     except KeyboardInterrupt:
-        print(f"{rank}interrupted", file=sys.stderr)
-        sys.exit(130)
+        message, status = "interrupted", 130
     except (RuntimeError, MemoryError) as e:
-        gpu = type(e).__name__ == "OutOfMemoryError"  # torch's, which this file does without
-        if not gpu and not isinstance(e, MemoryError) and "DefaultCPUAllocator" not in str(e):
+        named = re.search("out of memory|DefaultCPUAllocator", str(e))  # by torch: GPU and CPU
+        if not named and not isinstance(e, MemoryError):
             raise
-        tried = re.search(r"tried to allocate [\d.]+ \w+", str(e), re.IGNORECASE)
-        less = (f"lower --batch_size={settings['batch_size']}" if "batch_size" in settings else
-                "ask for less at once")
-        print(f"{rank}error: the {'GPU' if gpu else 'machine'} has no room for this "
-              f"({(tried or ['out of memory'])[0]}); {less}", file=sys.stderr)
-        sys.exit(2)
+        tried = re.search(r"allocate [\d.]+ \w+", str(e))
+        size = f" (it tried to {tried[0]})" if tried else ""
+        less = "ask for less at once"
+        if "batch_size" in settings:
+            less = f"lower --batch_size={settings['batch_size']}"
+        message = f"error: out of memory{size}; {less}"
     except (ValueError, OSError, ImportError) as e:
         *_, (frame, _) = traceback.walk_tb(e.__traceback__)
         file = frame.f_code.co_filename
@@ -127,9 +125,21 @@ def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None
         if isinstance(e, BrokenPipeError):  # output piped to head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)  # 128 + SIGPIPE, as the shell's own tools
-        with suppress(OSError):  # a log on the disk that is full
-            print(f"{rank}error: {error(str(e) or type(e).__name__)}", file=sys.stderr)
-        sys.exit(2)
+        message = f"error: {error(str(e) or type(e).__name__)}"
+    with suppress(OSError):  # a log on the disk that is full
+        print(rank + message, file=sys.stderr)
+    sys.exit(status)
+
+
+def command_line(**changes) -> str:
+    """The command that started this script, with settings changed."""
+    words = sys.argv[1:]
+    for i, word in reversed([*enumerate(words)]):
+        key, equals, _ = word.partition("=")
+        if key.startswith("--") and key[2:].replace("-", "_") in changes:
+            del words[i:i + (1 if equals else 2)]  # its value may be the next word
+    words += [f"--{key}={value}" for key, value in changes.items()]
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *words])
 
 
 def find_settings(settings):
@@ -142,8 +152,8 @@ def find_settings(settings):
     for node in ast.parse(source).body:
         if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
             continue
-        target, *more = getattr(node, "targets", None) or [node.target]
-        name = "" if more else getattr(target, "id", "")
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        name = getattr(targets[0], "id", "") if len(targets) == 1 else ""
         literal = all(isinstance(part, LITERAL) for part in ast.walk(node.value))
         if not literal or not name.islower() or name.startswith("_"):
             continue
@@ -151,15 +161,14 @@ def find_settings(settings):
         kind = ast.unparse(annotation) if annotation else type(default).__name__
         if kind == "list" and not annotation and len(types := {type(v) for v in default}) == 1:
             kind = f"list[{types.pop().__name__}]"
-        if default is None and "None" not in kind.split(" | "):
+        if default is None and not kind.endswith(" | None"):
             kind += " | None"
         kind = kind.replace("NoneType", "literal")
         if kind.removesuffix(" | None") not in KINDS:
             raise TypeError(f"setting {name} is a {kind}; the name of a constant is upper-case")
         line, comment = node.end_lineno, []
-        while (token := comments.get(line)) and (
-                not comment or token.line[:token.start[1]].isspace()):
-            comment.append(token.string.lstrip("#").strip())
+        while line in comments and (not comment or comments[line].line[0].isspace()):
+            comment.append(comments[line].string.lstrip("#").strip())
             line += 1
         known[name] = default, kind, " ".join(comment)
     return known
@@ -198,9 +207,9 @@ def check(where, value, kind):
 
 def read_config(word, kinds, values):
     """Run a config file over the current values; returns what it leaves them at, checked."""
-    path = next((p for p in (word, os.path.join(HERE, word)) if os.path.exists(p)), None)
-    if path is None:
-        there = ", ".join(sorted(glob.glob("config/*.py", root_dir=HERE))) or "none"
+    path = word if os.path.exists(word) else os.path.join(HERE, word)
+    if not os.path.exists(path):
+        there = ", ".join(sorted(glob.glob("config/[!_]*.py", root_dir=HERE))) or "none"
         raise error(f"no config file {word!r}; there are: {there}")
     space = copy.deepcopy(values) | {"__file__": os.path.abspath(path), "__name__": "config"}
     try:

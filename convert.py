@@ -1,23 +1,28 @@
 """Models to and from other people's formats.
 
-    python convert.py --input=out/tinystories --out=export/tinystories-124m --licence=cdla-sharing-1.0
+    python convert.py --input=out/tinystories --out=export/tinystories --licence=cdla-sharing-1.0
     python convert.py --input=../nanoGPT/out-shakespeare-char/ckpt.pt --out=export/shakespeare \\
         --tokenizer=../nanoGPT/data/shakespeare_char/meta.pkl
     python convert.py config/weights.py
 
 The folder it writes is complete: transformers' GPT2LMHeadModel, AutoTokenizer and
-pipeline("text-generation") load it offline, and so does --init_from of the scripts here.
+pipeline("text-generation") load it offline, and so does --init_from of the scripts here. Before it
+gets there, transformers, where it is installed, must compute the same logits as model.py.
 """
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import torch
 
-from common import Metrics, load_model
-from configurator import run
-from files import load_torch, write_text
+from checkpoint import load_model
+from configurator import run as run_script
+from files import read_json, write_text
+from hf import load_torch
 from model import GPT, GPTConfig
+from run import Metrics
 from tokenizer import open_tokenizer
 
 input: str | None = None  # run folder, Hugging Face folder, hub name, or nanoGPT's ckpt.pt
@@ -34,27 +39,53 @@ def load_nanogpt(path) -> tuple[GPT, dict]:
     compiled or not. GPT-2's vocabulary padded to 50,304 is cut back to 50,257. Nothing in the file
     is run. ValueError for another file."""
     checkpoint = load_torch(path)
-    if "model_args" not in checkpoint and {"model", "config", "settings"} <= checkpoint.keys():
-        raise ValueError(f"{path} is a checkpoint of the scripts here, not nanoGPT's: give its folder, "
-                         f"--input={path.parent}")
     try:
         args = checkpoint["model_args"]
         vocab_size = 50257 if args["vocab_size"] == 50304 else args["vocab_size"]
+        state = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()
+                 if not name.endswith(".attn.bias")}
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            state[name] = state[name][:vocab_size]
+        tied = torch.equal(state["transformer.wte.weight"], state["lm_head.weight"])
+        if tied:
+            del state["lm_head.weight"]
         config = GPTConfig(args["block_size"], vocab_size, args["n_layer"], args["n_head"],
-                           args["n_embd"], args["dropout"], args["bias"], activation="gelu")
-        state = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
-        state["transformer.wte.weight"] = state["transformer.wte.weight"][:vocab_size]
+                           args["n_embd"], args["dropout"], args["bias"], "gelu", tied)
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is no checkpoint of nanoGPT's: it lacks {e}") from None
+        raise ValueError(f"{path} is no checkpoint of nanoGPT's: it lacks {e}; of a run of the "
+                         f"scripts here give its folder, --input={path.parent}") from None
     with torch.device("meta"):
         model = GPT(config)
-    state = {name: t for name, t in state.items()
-             if name != "lm_head.weight" and not name.endswith(".attn.bias")}
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as e:
         raise ValueError(f"{path} does not fit its own model_args: {e}") from None
     return model.eval(), checkpoint
+
+
+@torch.inference_mode()
+def check_export(folder) -> str:
+    """In a sentence, how far transformers' logits of random token ids, by the model in a folder,
+    are from those of model.py. ValueError where that is more than rounding."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        return "not checked: transformers is not installed"
+    logging.disable_progress_bar()
+    model = GPT.from_pretrained(folder).float()
+    shape, generator = (1, min(16, model.config.block_size)), torch.Generator().manual_seed(0)
+    idx = torch.randint(model.config.vocab_size, shape, generator=generator)
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(folder).float()(idx).logits
+    except KeyError as e:  # of an activation that it lacks
+        raise ValueError(f"transformers cannot build this network: {e}") from None
+    difference = (theirs - model(idx)[0]).abs().max().item()
+    if not difference <= 1e-3:
+        raise ValueError("transformers would compute other logits than model.py (largest "
+                         f"difference {difference:.2g}); a change of the network needs a field of "
+                         "GPTConfig whose default is plain GPT-2")
+    return f"checked: transformers computes the same (largest difference {difference:.1g})"
 
 
 def facts(folder: Path) -> dict:
@@ -67,27 +98,29 @@ def facts(folder: Path) -> dict:
     if "dataset" not in settings:  # a fine-tuning's
         return found | {"Data": settings.get("data", "unknown")}
     found = {"Data": settings["dataset"], "Command": f"`{checkpoint['command']}`"} | found
-    if (folder / "metrics.jsonl").is_file():
-        kept = (folder / "best" / "config.json").is_file()  # what is exported, else the checkpoint
-        rows = [row for row in Metrics.read(folder / "metrics.jsonl")
-                if "val_loss" in row and (kept or row["step"] == checkpoint["step"])]
-        if rows:
-            best = min(rows, key=lambda row: row["val_loss"])
-            if best["step"] < checkpoint["step"]:  # best/ is what is exported
-                found["Training"] += f"; this is step {best['step']:,}, the best"
-            part = settings.get("eval_tokens")
-            found["Validation"] = (
-                f"loss {best['val_loss']:.4f}, perplexity {best['val_ppl']:.3f}"
-                + (f", {best['val_bpb']:.4f} bits a byte" if "val_bpb" in best else "")
-                + (f"; on the first {part:,} tokens" if part else "")
-                + (f"; before rounding to {dtype}" if dtype not in (None, "float32") else ""))
+    rows = [row for row in Metrics.read(folder / "metrics.jsonl") if "val_loss" in row]
+    if not (folder / "best" / "config.json").is_file():  # the checkpoint is what is exported
+        rows = [row for row in rows if row["step"] == checkpoint["step"]]
+    if rows:
+        best = min(rows, key=lambda row: row["val_loss"])
+        parts = [f"loss {best['val_loss']:.4f}, perplexity {best['val_ppl']:.3f}"]
+        if best["step"] < checkpoint["step"]:
+            found["Training"] += f"; this is step {best['step']:,}, the best"
+        if "val_bpb" in best:
+            parts.append(f"{best['val_bpb']:.4f} bits per byte")
+        if settings.get("eval_tokens"):
+            parts.append(f"on the first {settings['eval_tokens']:,} tokens")
+        if dtype not in (None, "float32"):
+            parts.append(f"before rounding to {dtype}")
+        found["Validation"] = ", ".join(parts)
     found["Evaluation"] = (f"`python train.py --eval_only --init_from={out} "
                            f"--dataset={settings['dataset']}`")
     return found
 
 
-def card(name: str, model: GPT, tok, found: dict) -> str:
-    """A model card: front matter for the hub, then what is known."""
+def card(name: str, model: GPT, tok, unknown: dict | None, found: dict) -> str:
+    """A model card: front matter for the hub, then what is known. unknown: the network's settings
+    that transformers does not have."""
     c = model.config
     found = {"Architecture": f"GPT-2, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
                              f"context {c.block_size}: {model.num_params():,} parameters",
@@ -95,11 +128,15 @@ def card(name: str, model: GPT, tok, found: dict) -> str:
     for note in notes:
         key, _, text = note.partition(": ")
         found[key] = text
+    library, code = "transformers", ("python\nfrom transformers import pipeline\n"
+                                     f'print(pipeline("text-generation", "{name}")("Once upon"))')
+    if unknown:
+        found["Architecture"] += f"; with {unknown}, which only taleGPT's scripts load"
+        library, code = "taleGPT", f'sh\npython sample.py --init_from={name} --start "Once upon"'
     lines = "\n".join(f"- **{key}**: {value}" for key, value in found.items())
-    return (f"---\nlicense: {licence}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+    return (f"---\nlicense: {licence}\nlibrary_name: {library}\npipeline_tag: text-generation\n"
             f"---\n\n# {name}\n\nA GPT-2 language model, trained or converted with taleGPT.\n\n"
-            f"{lines}\n\n```python\nfrom transformers import pipeline\n"
-            f"print(pipeline(\"text-generation\", \"{name}\")(\"Once upon\"))\n```\n")
+            f"{lines}\n\n```{code}\n```\n")
 
 
 def main():
@@ -117,8 +154,8 @@ def main():
         found = {"Converted from": "a nanoGPT checkpoint",
                  "Training": f"{checkpoint.get('iter_num', 'unknown')} steps"}
         if tok.vocab_size != model.config.vocab_size:
-            raise ValueError(f"{input} has a vocabulary of {model.config.vocab_size}, the tokenizer "
-                             f"({tok.name}) one of {tok.vocab_size}; name its own with --tokenizer "
+            raise ValueError(f"{input} has a vocabulary of {model.config.vocab_size}, the "
+                             f"tokenizer ({tok.name}) one of {tok.vocab_size}; name its own with --tokenizer "
                              "(nanoGPT's meta.pkl serves)")
     else:
         model, tok = load_model(input, tok, revision=revision)
@@ -128,15 +165,27 @@ def main():
             raise ValueError(f"dtype={dtype!r} is unknown: float32, bfloat16 or float16")
         model.to(getattr(torch, dtype))
     folder = Path(out)
-    model.save_pretrained(folder, tok.eos_id)
-    tok.save(folder)
-    ids = {"bos_token_id": tok.eos_id, "eos_token_id": tok.eos_id, "pad_token_id": tok.eos_id}
-    for file, text in (("generation_config.json", json.dumps(ids, indent=2) + "\n"),
-                       ("README.md", card(folder.resolve().name, model, tok, found))):
-        write_text(folder / file, text)
+    for name in ("ckpt.pt", "best", "adapter_config.json"):
+        if (folder / name).exists():
+            raise ValueError(f"{folder} holds {name}, which would be loaded instead of what is "
+                             "written there; give another --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as tmp:
+        new = Path(tmp)
+        model.save_pretrained(new, tok.eos_id)
+        tok.save(new)
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tok.eos_id)
+        write_text(new / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        unknown = read_json(new / "config.json").get("talegpt")
+        write_text(new / "README.md", card(folder.resolve().name, model, tok, unknown, found))
+        checked = check_export(new) if not unknown else (
+            f"not checked: only the scripts here load a network with {unknown}")
+        folder.mkdir(exist_ok=True)
+        for file in new.iterdir():
+            os.replace(file, folder / file.name)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
-    print(f"{folder}: {model.num_params():,} parameters, {tok.name} tokens; {files}")
+    print(f"{folder}: {model.num_params():,} parameters, {tok.name} tokens; {files}\n{checked}")
 
 
 if __name__ == "__main__":
-    run(main, globals())
+    run_script(main, globals())

@@ -6,20 +6,21 @@ starts at random, B (out, rank) at zero. The files are those of the PEFT library
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import open_safetensors, read_json, save_safetensors, write_text
-from ops import Linear
+from files import read_json, write_text
+from hf import open_safetensors, save_safetensors
 
 TARGETS = ("c_attn", "c_proj", "c_fc")  # all linear layers of the blocks
 
 
-class LoRALinear(Linear):
-    """A Linear with an adapter; `add_lora` makes it of a Linear, in place."""
+class LoRA:
+    """What `add_lora` mixes into the class of a linear layer: its output plus the adapter's."""
 
     def forward(self, x):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
@@ -28,83 +29,68 @@ class LoRALinear(Linear):
         return y
 
 
+@cache
+def with_adapter(linear_class):
+    """The class of such a linear layer with an adapter."""
+    return type(f"LoRA{linear_class.__name__}", (LoRA, linear_class), {})
+
+
 def add_lora(model, rank: int, alpha: float, dropout: float = 0.0, targets=TARGETS):
-    """Freezes a GPT and puts trainable adapters on those linear layers of its blocks whose names
-    end in one of the targets, in place. To be called before DDP, torch.compile and the optimizer.
-    ValueError for a target that matches none."""
-    if (type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf
-            or type(dropout) not in (int, float) or not 0 <= dropout < 1):
+    """Freezes a GPT and puts trainable adapters on the linear layers of its blocks whose names end
+    in one of the targets; ValueError for one that matches none. Before DDP and the optimizer."""
+    numbers = type(rank) is int and {type(alpha), type(dropout)} <= {int, float}
+    if not numbers or rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
         raise ValueError("rank must be 1 or more, alpha above 0, dropout in [0, 1); got "
                          f"{rank!r}, {alpha!r}, {dropout!r}")
     linears = {f".{name}": module for name, module in model.named_modules()
-               if type(module) is Linear and name != "lm_head"}
+               if isinstance(module, nn.Linear) and name != "lm_head"}
     for target in targets or [""]:
         if not any(name.endswith(f".{target}") for name in linears):
             there = ", ".join(sorted({name.split(".", 4)[-1] for name in linears})) or "none"
             raise ValueError(f"no linear layer to adapt is called {target!r}; there are: {there}")
     model.requires_grad_(False)
     model.lora_targets = list(targets)
-    for linear in (m for name, m in linears.items() if name.endswith(tuple(f".{t}" for t in targets))):
-        linear.__class__ = LoRALinear
+    for name, linear in linears.items():
+        if not name.endswith(tuple(f".{target}" for target in targets)):
+            continue
+        linear.__class__ = with_adapter(type(linear))
         linear.rank, linear.alpha, linear.dropout = rank, alpha, dropout
         linear.lora_A = nn.Parameter(linear.weight.new_empty(rank, linear.in_features))
         linear.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
         nn.init.kaiming_uniform_(linear.lora_A, a=math.sqrt(5))  # as PEFT, and nn.Linear itself
 
 
-def adapted(model) -> list[LoRALinear]:
-    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+def adapted(model) -> list[LoRA]:
+    """The layers with adapters."""
+    return [module for module in model.modules() if isinstance(module, LoRA)]
 
 
 @torch.no_grad()
-def align(model, backward):
-    """Turns each A, in place, along the gradient of its layer's weight, which `backward()` is to
-    compute: of all updates of this rank the first, while B is zero, is then the steepest. As LoRA-GA
-    (Wang et al. 2024), but B stays zero and the base as it is."""
-    layers = adapted(model)
-    for layer in layers:
-        layer.weight.requires_grad_(True)
-    with torch.enable_grad():
-        backward()
-    if not all(layer.weight.grad.isfinite().all() for layer in layers):
-        raise ValueError("the gradient that the adapters are aligned along is not finite: the model or "
-                         "the data is damaged; --lora_align=0 starts at random")
-    for layer in layers:
-        grad, rank = layer.weight.grad, min(layer.rank, *layer.weight.shape)
-        *_, V = torch.svd_lowrank(grad.cpu() if grad.is_mps else grad,  # no QR there, or a slow one
-                                  min(rank + 8, *grad.shape), niter=4)
-        layer.lora_A[:rank] = V[:, :rank].t() / math.sqrt(3)  # rows as long as at random
-        layer.weight.requires_grad_(False)
-    model.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def merge(model):
-    """Adds the adapters into the weights, in place: until `unmerge` the model is a plain GPT, which
-    can be saved, decoded and quantized as any other."""
+def merge(model, for_good: bool = False):
+    """Adds the adapters into the weights, in place: the model is then a plain GPT, which can be
+    saved, decoded and quantized as any other; until `unmerge`, unless for good."""
     for layer in adapted(model):
+        if not for_good:
+            layer.unmerged = {k: getattr(layer, k) for k in ("weight", "lora_A", "lora_B")}
         delta = layer.lora_B @ layer.lora_A * (layer.alpha / layer.rank)
-        layer.unmerged = {name: getattr(layer, name) for name in ("weight", "lora_A", "lora_B")}
         layer.weight = nn.Parameter(layer.weight + delta, False)
         del layer.lora_A, layer.lora_B
-        layer.__class__ = Linear
+        layer.__class__ = type(layer).__bases__[1]
 
 
 def unmerge(model):
-    """Puts the base and its adapters back, bit for bit as they were before `merge`."""
+    """Puts the base weights and the adapters back, bit for bit as they were before `merge`."""
     for layer in (m for m in model.modules() if hasattr(m, "unmerged")):
-        layer.__class__ = LoRALinear
+        layer.__class__ = with_adapter(type(layer))
         for name, parameter in vars(layer).pop("unmerged").items():
             setattr(layer, name, parameter)
 
 
 def set_trainable(model, mode: str, train_blocks: int = 1, rank: int = 16, alpha: float = 32.0,
                   dropout: float = 0.0, targets=TARGETS) -> int:
-    """Chooses what a fine-tuning trains of a GPT; returns how many parameters that is.
-
-    mode: full; last_layer (none: the layer on top is not part of the GPT); last_blocks (the last
-    `train_blocks` and the final LayerNorm); lora (as `add_lora`). ValueError for another.
-    """
+    """Chooses what a fine-tuning trains of a GPT; returns how many parameters that is. mode: full;
+    last_layer (none: the layer on top is not part of the GPT); last_blocks (the last `train_blocks`
+    and the final LayerNorm); lora (see `add_lora`). ValueError for another."""
     blocks = model.transformer.h
     parts = {"full": [model], "last_layer": [], "lora": [],
              "last_blocks": [*blocks[-train_blocks:], model.transformer.ln_f]}
@@ -135,21 +121,21 @@ def save_adapter(model, folder, base_name: str):
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name),
         "r": layer.rank, "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "bias": "none",
-        "target_modules": model.lora_targets, "fan_in_fan_out": True,  # their layers are Conv1D
-        "inference_mode": True}
+        "target_modules": model.lora_targets, "inference_mode": True,
+        "fan_in_fan_out": True}  # their layers are Conv1D
     save_safetensors(Path(folder) / "adapter_model.safetensors", adapter_tensors(model))
     write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(model, folder):
     """Puts the adapters that `save_adapter` or PEFT wrote on a GPT, in place. ValueError for those
-    of another base, with the shapes, and for kinds that we would not compute."""
+    of another base model, with the shapes, and for kinds that we would not compute."""
     config = read_json(Path(folder) / "adapter_config.json")
     known = {"peft_type": ["LORA"], "bias": ["none"],
              "init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # others change the base
-    known |= {key: [None, False, {}, []] for key in (
-        "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save",
-        "trainable_token_indices", "alora_invocation_tokens")}
+    for key in ("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern",
+                "modules_to_save", "trainable_token_indices", "alora_invocation_tokens"):
+        known[key] = [None, False, {}, []]
     for key, fits in known.items():
         if config.get(key, fits[0]) not in fits:
             raise ValueError(f"{folder}: {key}={config[key]!r} is not supported, only {fits[0]!r}")
@@ -158,14 +144,13 @@ def load_adapter(model, folder):
     add_lora(model, config.get("r", 8), config.get("lora_alpha", 8),
              config.get("lora_dropout", 0.0), sorted(names))
     ours = adapter_tensors(model)
-    theirs = {key: list(shape) for key, (shape, _) in found.items()}
-    needed = {key: list(parameter.shape) for key, parameter in ours.items()}
-    for key in sorted(theirs | needed):
-        if theirs.get(key) != needed.get(key):
-            raise ValueError(f"{folder} is an adapter for another base: {key} has shape "
-                             f"{theirs.get(key, 'none')}, this model needs {needed.get(key, 'none')}")
-    for key, parameter in ours.items():
+    for key in sorted(ours | found):
+        shape = list(found[key][0]) if key in found else "none"
+        needed = list(ours[key].shape) if key in ours else "none"
+        if shape != needed:
+            raise ValueError(f"{folder} is an adapter for another base model: {key} has shape "
+                             f"{shape}, this one needs {needed}")
         tensor = found[key][1]()
         if not tensor.is_floating_point():
             raise ValueError(f"{folder}: {key} is {tensor.dtype}, not a floating-point tensor")
-        parameter.copy_(tensor)
+        ours[key].copy_(tensor)

@@ -1,18 +1,38 @@
-"""What a GPT's training step does on a CPU faster, or in less memory, than torch's own functions.
+"""What makes a GPT train faster, or in less memory, put into a built model from outside.
 
-Each computes what its plain form does (F.linear, F.cross_entropy, F.embedding, a call), and elsewhere
-is that form. What each of them gains is measured in docs/training_speed.md.
+`accelerate(model)` replaces torch's own leaf modules (Linear, LayerNorm, GELU, Embedding) by ones
+that compute the same, and wraps `Attention.attend` and `GPT.loss`. It has no second form of any
+method of model.py, so what you change there counts. Parameters, their names and state_dict stay as
+they are. Without this file and its one call (device.py) all scripts give the same numbers to
+rounding. What each part gains is measured in docs/training_speed.md.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+THRESHOLDS = {  # where each part begins to pay; the tests set them to 0
+    "product": 2**27,  # multiplications of a matrix product that goes to oneDNN
+    "width": 512,  # n_embd from which LayerNorm and GELU cost little beside the products
+    "logits": 2**24,  # logits of a loss that is computed in chunks of rows
+}
+ROWS = 128  # of a chunk
+COLUMNS = 8192  # of the head's weight in one product: oneDNN copies them
+
+onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # private: may be missing
+ONEDNN = (onednn_linear is not None and torch.backends.mkldnn.is_available()
+          and "AVX" in torch.backends.cpu.get_cpu_capability())
 
 
-def onednn(x, weight, bias=None):
-    """F.linear by oneDNN, of a plain weight or one in its own layout (decode.py); no gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def eager_training() -> bool:
+    """Whether gradients are recorded, and not by torch.compile, which has its own ways."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
+
+# ---- matrix products ----
 
 class OneDNNLinear(torch.autograd.Function):
     """F.linear of float32 rows (N, in) on an x86 CPU by oneDNN, whose products take 0.7 to 0.95 of
@@ -21,7 +41,7 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return onednn(x, weight, bias)
+        return onednn_linear(x, weight, bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, grad):
@@ -34,105 +54,201 @@ class OneDNNLinear(torch.autograd.Function):
                 grad.sum(0) if needs_db else None)
 
 
-ONEDNN = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
-
-
 def linear(x, weight, bias=None):
     """F.linear, by the faster of this machine's libraries."""
     if (ONEDNN and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-            and x.numel() * len(weight) >= 2**27 and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()):
+            and x.numel() * len(weight) >= THRESHOLDS["product"]
+            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()):
         return OneDNNLinear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
+    """Where its input can be computed again, it is not kept for the backward pass."""
+
     def forward(self, x):
-        return linear(x, self.weight, self.bias)
+        recompute, version = getattr(x, "recompute", (None, None))
+        if recompute is None or x._version != version:  # or it has been changed in place since
+            return linear(x, self.weight, self.bias)
+        address = x.data_ptr()  # autograd keeps the function pack, which must not keep x
+
+        def pack(t):  # of x, or a view of it, only the shape is kept
+            return (t.size(), t.stride()) if t.data_ptr() == address else t
+
+        def unpack(kept):
+            return recompute().as_strided(*kept) if isinstance(kept, tuple) else kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return linear(x, self.weight, self.bias)
 
 
-def recomputed(make, x, use, width, *args):
-    """use(make(x), *args); for the backward pass make(x) is not kept but made again, on CPUs and from
-    a width of 512: there a LayerNorm or GELU is little beside the products, which grow with it."""
-    y = make(x)
-    if (width < 512 or x.device.type != "cpu" or not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()):
-        return use(y, *args)
-    at, size = y.data_ptr(), y.numel()
-
-    def pack(t):
-        return t.shape if t.data_ptr() == at and t.numel() == size and t.is_contiguous() else t
-
-    def unpack(kept):
-        return make(x).view(kept) if isinstance(kept, torch.Size) else kept
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return use(y, *args)
+def recomputed(module_class):
+    """The class of a module that tells a Linear, which reads its output, how to compute it again."""
+    class Recomputed(module_class):
+        def forward(self, x):
+            y = super().forward(x)
+            if eager_training():
+                y.recompute = partial(super().forward, x), y._version
+            return y
+    return Recomputed
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(x @ weight.T, targets) of x (N, C) and weight (V, C), for a CPU, where the
-    (N, V) logits, their softmax and gradient are most of the memory and none of the work: 256 rows
-    at a time, the gradient along with the loss, both summed in float32 at least. Under autocast the
-    products have its dtype. It can be run backward once, and its gradient not be derived."""
+# ---- attention ----
 
-    @staticmethod
-    def forward(ctx, x, weight, targets, tied=None):
-        real = targets != -100
-        wide = torch.promote_types(x.dtype, torch.float32)
-        count, loss = real.sum().clamp(min=1), x.new_zeros((), dtype=wide)
-        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        rows, matrix = x.to(low), weight.to(low)
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        logits = rows.new_empty(min(256, len(x)), len(weight))
-        parts = [slice(j, j + 8192) for j in range(0, len(weight), 8192)]  # oneDNN copies weights
-        for i in range(0, len(x), 256):
-            row, own = rows[i:i + 256], real[i:i + 256]
-            for part in parts:
-                logits[:len(row), part] = linear(row, matrix[part])
-            p = logits[:len(row)].to(wide)
-            at = targets[i:i + 256].where(own, 0)[:, None]
-            p -= p.amax(1, keepdim=True)
-            logit = p.gather(1, at)
-            total = p.exp_().sum(1, keepdim=True)
-            loss += (total.log() - logit)[own].sum()
-            p *= own.to(p)[:, None] / count / total
-            p = p.scatter_add_(1, at, -own.to(p)[:, None] / count).to(low)
-            for part in parts if dx is not None else ():
-                dx[i:i + 256] += linear(p[:, part], matrix[part].t())
-            if dw is not None and low == dw.dtype:
-                dw.addmm_(p.t(), row)
-            elif dw is not None:
-                dw += p.t() @ row
-        ctx.gradients, ctx.tied = [dx, dw], tied
-        return loss / real.sum()  # nan where none counts, as F.cross_entropy; the gradient is 0
+def attend(textbook, q, k, v, mask):
+    """Attention.attend, in float32 where autocast made bfloat16 of up to 256 tokens: the backward
+    pass of bfloat16 takes a CPU 1.3 to 3 times as long there."""
+    if not eager_training() or q.dtype != torch.bfloat16 or q.size(2) > 256:
+        return textbook(q, k, v, mask)
+    with torch.autocast("cpu", enabled=False):
+        return textbook(q.float(), k.float(), v.float(), mask).to(q.dtype)
 
-    @staticmethod
-    def backward(ctx, scale):
-        if torch.is_grad_enabled():  # create_graph: the second derivative would be silently wrong
-            raise RuntimeError("this loss can be derived once; for more, F.cross_entropy of the logits")
-        if ctx.gradients is None:
-            raise RuntimeError("this loss has been run backward before; compute it again")
-        (dx, dw), ctx.gradients = ctx.gradients, None
-        for gradient in (dx, dw):
-            if gradient is not None and scale != 1:
-                gradient.mul_(scale)
-        if ctx.tied is None:
-            return dx, dw, None, None
-        ctx.tied.append(dw)
-        return dx, None, None, None
 
+# ---- the token embedding, the head that shares its weight, and the loss ----
 
 class TiedEmbedding(torch.autograd.Function):
-    """F.embedding of ids (B, T), its gradient added to that of the head, which is `tied`[0] by then:
-    two as large as the vocabulary, and their sum, would be the peak of a step's memory."""
+    """(F.embedding(idx, weight), the weight for the head). The embedding's gradient is added into
+    the head's, in place: two of that size, and their sum, would take much memory."""
 
     @staticmethod
-    def forward(ctx, idx, weight, tied):
-        ctx.idx, ctx.tied = idx, tied
-        return F.embedding(idx, weight)
+    def forward(ctx, idx, weight):
+        ctx.idx = idx.flatten()
+        return F.embedding(idx, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, dw):  # dw: zeros where the head took no part
+        return None, dw.index_add_(0, ctx.idx, grad.flatten(0, -2))
+
+
+class Embedding(nn.Embedding):
+    """The token embedding whose weight is the head's, too."""
+
+    shared = None  # the weight for the head, in the forward pass that runs
+
+    def forward(self, idx):
+        self.shared = None
+        large = idx.numel() * self.num_embeddings > THRESHOLDS["logits"]
+        if not (large and eager_training() and self.weight.requires_grad):
+            return super().forward(idx)
+        x, self.shared = TiedEmbedding.apply(idx, self.weight)
+        return x
+
+    def __getstate__(self):  # a copy of the model begins without
+        return vars(self) | {"shared": None}
+
+
+def tied_logits(embedding, x):
+    """Logits of the tied head. A GPU's products want widths that are multiples of 64; compiled,
+    neither the padding nor the slice is a copy."""
+    if not embedding.weight.is_cuda:
+        return linear(x, embedding.weight)
+    V = embedding.num_embeddings
+    return F.linear(x, F.pad(embedding.weight, (0, 0, 0, -V % 64)))[..., :V]
+
+
+class HeadProduct(torch.autograd.Function):
+    """Logits (…, V) of x (…, C) by the head's weight (V, C), in its dtype; the weight's gradient is
+    not returned but added into dw, if there is one."""
+
+    @staticmethod
+    def forward(ctx, weight, dw, x):
+        rows = x.flatten(0, -2).to(weight.dtype)
+        ctx.weight, ctx.dw, ctx.dtype, ctx.shape = weight, dw, x.dtype, x.shape
+        ctx.save_for_backward(rows)
+        logits = rows.new_empty(len(rows), len(weight))
+        for columns, part in zip(logits.split(COLUMNS, 1), weight.split(COLUMNS)):
+            columns.copy_(linear(rows, part))
+        return logits.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        dw = ctx.tied.pop()
-        return None, dw.index_add_(0, ctx.idx.flatten(), grad.flatten(0, -2)), None
+        (rows,), grad, dw = ctx.saved_tensors, grad.flatten(0, -2), ctx.dw
+        dx = torch.zeros_like(rows, dtype=ctx.dtype)
+        for columns, part in zip(grad.split(COLUMNS, 1), ctx.weight.split(COLUMNS)):
+            dx += linear(columns, part.t())
+        if dw is not None and dw.dtype == rows.dtype:
+            dw.addmm_(grad.t(), rows)
+        elif dw is not None:
+            dw += grad.t() @ rows
+        return None, None, dx.view(ctx.shape)
+
+
+class KnownGradients(torch.autograd.Function):
+    """A value whose gradients by some tensors are there already; they are given away once."""
+
+    @staticmethod
+    def forward(ctx, value, gradients, *tensors):
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, scale):
+        if ctx.gradients is None or torch.is_grad_enabled():  # the latter by create_graph
+            raise RuntimeError("an accelerated loss has one backward pass and no second derivative; "
+                               "compute it again")
+        gradients, ctx.gradients = ctx.gradients, None
+        if scale != 1:
+            torch._foreach_mul_(gradients, scale.item())
+        return None, None, *gradients
+
+
+def loss(model, textbook, x, targets):
+    """GPT.loss of hidden states x (N, C) in chunks of rows, each weighted by its counted targets,
+    and its gradient along with it: the logits, their softmax and gradient, (N, V) each, are most of
+    the memory of a step and none of its work."""
+    counted = targets != -100
+    large = len(x) * model.config.vocab_size > THRESHOLDS["logits"]
+    if not (large and eager_training() and counted.any()):
+        return textbook(x, targets)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    value, dx, gradients = 0.0, torch.zeros_like(x), {}  # gradients: by parameters
+    wte, tied_head = model.transformer.wte, vars(model).get("lm_head")
+    if tied_head is not None:
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else wte.weight.dtype
+        weight = wte.weight.view_as(wte.weight) if wte.shared is None else wte.shared
+        if wte.weight.requires_grad:
+            gradients[weight] = torch.zeros_like(wte.weight)
+        vars(model)["lm_head"] = partial(HeadProduct.apply, wte.weight.detach().to(dtype),
+                                         gradients.get(weight))
+    try:
+        for i in range(0, len(x), ROWS):
+            rows = slice(i, i + ROWS)
+            share = counted[rows].sum().item() / counted.sum().item()
+            if share == 0:
+                continue
+            chunk = x[rows].detach().requires_grad_()
+            part = textbook(chunk, targets[rows]) * share
+            value += part.detach()
+            dx[rows], *found = torch.autograd.grad(part, [chunk, *parameters], allow_unused=True)
+            for p, gradient in zip(parameters, found):
+                if gradient is not None:  # of what the loss reads beside the tied head
+                    gradients[p] = gradients.get(p, 0) + gradient
+    finally:
+        if tied_head is not None:
+            vars(model)["lm_head"], wte.shared = tied_head, None
+    return KnownGradients.apply(value, [dx, *gradients.values()], x, *gradients)
+
+
+# ---- all of it ----
+
+def accelerate(model):
+    """Makes a GPT train faster on the device that it is on, in place; returns it."""
+    wte = model.transformer.wte
+    tied = model.config.tie_word_embeddings and type(wte) is nn.Embedding
+    if tied:  # in vars: it is no module, state_dict stays as it is
+        vars(model)["lm_head"] = partial(tied_logits, wte)
+    if not wte.weight.is_cpu or "loss" in vars(model):  # or it has been here before
+        return model
+    if tied:
+        wte.__class__ = Embedding
+    model.loss = partial(loss, model, model.loss)
+    faster = {nn.Linear: Linear}
+    if model.config.n_embd >= THRESHOLDS["width"]:
+        faster |= {kind: recomputed(kind) for kind in (nn.LayerNorm, nn.GELU)}
+    for module in model.modules():
+        module.__class__ = faster.get(type(module), type(module))
+        if hasattr(module, "attend"):
+            module.attend = partial(attend, module.attend)
+    return model

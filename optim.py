@@ -50,7 +50,8 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    state["step"] = 0
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["step"] += 1
                 if group["decay_first"]:  # added: float32 rounds 1 - lr * weight_decay too coarsely
                     p.add_(p, alpha=-lr * group["weight_decay"])
@@ -101,8 +102,8 @@ class Muon(torch.optim.Optimizer):
         for group in groups:
             for p in group["params"] if "parts" in group else []:
                 if p.dim() != 2 or p.size(0) % group["parts"]:
-                    raise ValueError(f"Muon updates {group['parts']} stacked matrices, got a parameter "
-                                     f"of shape {tuple(p.shape)}")
+                    raise ValueError(f"Muon updates {group['parts']} stacked matrices, got a "
+                                     f"parameter of shape {tuple(p.shape)}")
         self.adamw = torch.optim.AdamW([g for g in groups if "parts" not in g], lr, betas, eps,
                                        weight_decay, fused=True)
         super().__init__([{"momentum": momentum} | g for g in groups if "parts" in g]
@@ -154,28 +155,41 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(matrices, update.unbind(), alpha=-lr * max(1, m / n) ** 0.5)
 
 
+OPTIMIZERS = {  # name: function of parameter groups and settings; one line for one of yours
+    "adamw": lambda groups, s: torch.optim.AdamW(
+        groups, s["lr"], s["betas"], weight_decay=s["weight_decay"], fused=True),
+    "muon": lambda groups, s: Muon(
+        groups, s["lr"], s["betas"], weight_decay=s["weight_decay"], momentum=s["momentum"]),
+    "adamw_plain": lambda groups, s: AdamW(
+        groups, s["lr"], s["betas"], 1e-8, s["weight_decay"], decay_first=True),
+}
+
+
 def build_optimizer(model, name: str, learning_rate: float, weight_decay: float,
                     betas: tuple[float, float], adamw_learning_rate: float | None = None,
-                    momentum: float = 0.95) -> torch.optim.Optimizer:
-    """The optimizer called `name`, adamw or muon, over the trainable parameters of a model.
+                    momentum: float = 0.95, head=(), head_learning_rate: float | None = None):
+    """The optimizer called `name` in OPTIMIZERS over the trainable parameters of a model.
 
     Muon updates the linear layers of the blocks and leaves the embeddings, the head and all vectors
-    to AdamW, at adamw_learning_rate. Matrices decay, biases and LayerNorm gains do not. A group's
-    `peak` is its learning rate at the top of the schedule. ValueError for an unknown name.
+    to AdamW, at adamw_learning_rate. Matrices decay, biases and LayerNorm gains do not. head: the
+    parameters that have head_learning_rate. None: learning_rate for these, too. A group's `peak` is
+    its learning rate at the top of the schedule. ValueError for an unknown name.
     """
-    if name not in ("adamw", "muon"):
-        raise ValueError(f"optimizer={name!r} is unknown; there are: adamw, muon")
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    hidden = {n: p for n, p in params.items()
-              if name == "muon" and p.dim() == 2 and n.startswith("transformer.h.")}
-    rest = [p for n, p in params.items() if n not in hidden]
-    rate = learning_rate if name == "adamw" or adamw_learning_rate is None else adamw_learning_rate
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "peak": rate},
-              {"params": [p for p in rest if p.dim() < 2], "peak": rate, "weight_decay": 0.0}]
-    for parts in (3, 1):
-        matrices = [p for n, p in hidden.items() if (3 if "c_attn" in n else 1) == parts]
-        groups.append({"params": matrices, "peak": learning_rate, "parts": parts})
-    groups = [group for group in groups if group["params"]]
-    if name == "muon":
-        return Muon(groups, learning_rate, betas, weight_decay=weight_decay, momentum=momentum)
-    return torch.optim.AdamW(groups, learning_rate, betas, weight_decay=weight_decay, fused=True)
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer={name!r} is unknown; there are: {', '.join(OPTIMIZERS)}")
+    head = list(head)
+    rest, stacked, single = [], [], []
+    for key, p in model.named_parameters():
+        if not p.requires_grad or any(p is other for other in head):
+            continue
+        of_muon = name == "muon" and p.dim() == 2 and "transformer.h." in key
+        (rest if not of_muon else stacked if key.endswith("c_attn.weight") else single).append(p)
+    peak = learning_rate if name != "muon" or adamw_learning_rate is None else adamw_learning_rate
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "peak": peak},
+              {"params": [p for p in rest if p.dim() < 2], "peak": peak, "weight_decay": 0.0},
+              {"params": head, "peak": peak if head_learning_rate is None else head_learning_rate},
+              {"params": stacked, "peak": learning_rate, "parts": 3},
+              {"params": single, "peak": learning_rate, "parts": 1}]
+    settings = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay,
+                "momentum": momentum}
+    return OPTIMIZERS[name]([group for group in groups if group["params"]], settings)

@@ -2,7 +2,7 @@
 
     python prepare_tinystories.py                       # from the Hugging Face hub, streamed
     python prepare_tinystories.py --limit=20000         # a first taste
-    python prepare_tinystories.py --train_input=TinyStories-train.txt --val_input=TinyStories-valid.txt
+    python prepare_tinystories.py --train_input=train.txt --val_input=valid.txt
 """
 
 import shlex
@@ -11,32 +11,31 @@ from itertools import islice
 import ftfy
 
 from configurator import run
-from data import describe, find_files, read_documents, write_data
+from data import describe, write_data
+from text import find_files, hub_rows, read_documents, text_field
 from tokenizer import open_tokenizer
 
 name = "tinystories"  # data/NAME is written; or a path with a slash in it
-train_input: list[str] = []  # local files or globs instead of the hub's: .txt, .jsonl[.gz|.xz], .parquet
+train_input: list[str] = []  # local .txt, .jsonl[.gz|.xz] or .parquet, not the hub's
 val_input: list[str] = []  # the same, for validation
 tokenizer = "gpt2"  # gpt2, bytes, or a trained tokenizer's file
 limit: int | None = None  # stories of each split; None: all
 separator = "<|endoftext|>"  # between the stories of a .txt file
 hub_dataset = "roneneldan/TinyStories"  # CDLA-Sharing-1.0
 
-def hub_stories(split: str):
-    from datasets import load_dataset
-    try:
-        for row in load_dataset(hub_dataset, split=split, streaming=True):
-            yield row["text"]
-    except Exception as e:
-        raise ValueError(f"cannot read {hub_dataset} from the hub ({type(e).__name__}); download its "
-                         "files where there is a network and give them with --train_input and "
-                         "--val_input") from e
+
+def read_stories(files: list, split: str):
+    """The stories of a split: of files, or of the hub's data set where there are none."""
+    if files:
+        return (text for file in files for text in read_documents(file, separator))
+    rows = hub_rows(hub_dataset, [split], "download its files where there is a network and give "
+                    "them with --train_input and --val_input", streaming=True)
+    return (text_field(row, "text", f"{hub_dataset}, split {split}") for row in rows[split])
 
 
 def stories(texts, counts: dict):
     """Stripped, repaired, not empty; what was dropped and repaired is counted."""
-    for text in islice(texts, limit):
-        text = text.strip()
+    for text in map(str.strip, islice(texts, limit)):
         if not text:
             counts["empty"] += 1
             continue
@@ -53,18 +52,13 @@ def main():
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     counts = {"empty": 0, "repaired": 0}
-    splits = {}
-    for split, patterns, hub_split in (("train", train_input, "train"),
-                                       ("val", val_input, "validation")):
-        files = find_files(patterns)
-        texts = ((text for file in files for text in read_documents(file, separator)) if patterns
-                 else hub_stories(hub_split))
-        splits[split] = stories(texts, counts)
-    meta = write_data(name, open_tokenizer(tokenizer), splits)
-    print(describe(meta))
-    print(f"{counts['empty']:,} empty stories dropped, {counts['repaired']:,} with broken quotation "
-          f"marks repaired\nnext: python train.py config/"
-          f"{'tinystories' if tokenizer == 'gpt2' else 'tinystories_cpu'}.py --dataset={shlex.quote(name)}")
+    splits = {"train": stories(read_stories(find_files(train_input), "train"), counts),
+              "val": stories(read_stories(find_files(val_input), "validation"), counts)}
+    print(describe(write_data(name, open_tokenizer(tokenizer), splits)))
+    print(f"{counts['empty']:,} empty stories dropped, {counts['repaired']:,} with broken "
+          "quotation marks repaired")
+    config = "tinystories" if tokenizer == "gpt2" else "tinystories_cpu"
+    print(f"next: python train.py config/{config}.py --dataset={shlex.quote(name)}")
 
 
 if __name__ == "__main__":

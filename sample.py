@@ -7,25 +7,26 @@
     python sample.py --init_from=out/finetune_instruct --instruct "Name three colours."
 """
 
+import itertools
 import sys
 import time
 
 import torch
 
-from common import Device, load_model, newest_run, start_id
+from checkpoint import load_model, newest_run
 from configurator import run
-from data import prompt_ids
 from decode import beam_search, prepare, stream_text
-from files import local_folder, read_text
+from device import Device
+from files import read_text
+from hf import local_folder
+from text import prompt_ids
 
-init_from: str | None = None  # run folder, Hugging Face folder or hub name; None: the newest in out/,
-    # or weights/
+init_from: str | None = None  # run or Hugging Face folder, hub name; None: newest run, or weights/
 revision: str | None = None  # of a hub name
 start = ""  # the prompt, or FILE:path; empty: a fresh document
 instruct: str | None = None  # instead of start: an instruction, for a run of finetune_instruct.py
 instruct_input = ""  # what the instruction is about, if anything
-interactive = False  # go on asking for prompts, behind one that is given; of such a run, for
-    # instructions
+interactive = False  # ask for prompts (of such a run, for instructions) until Ctrl-D
 num_samples = 1  # decoded as one batch; a single one is printed as it comes
 max_new_tokens = 256
 temperature = 0.8  # 0 is greedy
@@ -40,38 +41,38 @@ device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of the weights: float32, bfloat16, float16
 
 
-def encode_prompt(text: str, tok, block_size: int) -> torch.Tensor:
-    """(1, T) ids of a prompt, `FILE:path` read first; an empty one is end-of-text or a line break.
+def encode_prompt(text: str, tok, block_size: int) -> list[int]:
+    """Ids of a prompt or of the text in `FILE:path`; of an empty one, end-of-text or a line break.
     One longer than the context keeps its last tokens, with a note."""
     if text.startswith("FILE:"):
         text = read_text(text[5:])
-    ids = tok.encode(text).tolist() or [start_id(tok)]
+    ids = tok.encode(text).tolist() or [tok.start_id]
     if len(ids) > block_size:
         print(f"note: the prompt has {len(ids)} tokens, the context {block_size}: "
               "its last ones are kept")
-    return torch.tensor([ids[-block_size:]])
+    return ids[-block_size:]
 
 
 def read_template(name: str) -> str | None:
-    """The template that finetune_instruct.py left beside a model, if it did."""
+    """The template of the instructions that a model was fine-tuned on, None for other models."""
     file = local_folder(name) / "template.txt"
     return file.read_text(encoding="utf-8").rstrip() if file.is_file() else None
 
 
 def write(model, tok, text: str, number: int, template: str | None = None):
-    """Prints what the model makes of a prompt (of an instruction, with a template), then tokens and
-    tokens/s; `number` seeds it."""
+    """Prints how the model continues a prompt (or, with a template, answers an instruction), then
+    the number of tokens and their rate. The random numbers are those of `seed` plus `number`."""
+    T = model.config.block_size
     if template:
-        T = model.config.block_size
-        ids, cut = prompt_ids(tok, template, text.strip(), instruct_input.strip(),
-                              max(1, T // 2, T - max_new_tokens))
+        limit = max(1, T // 2, T - max_new_tokens)
+        ids, cut = prompt_ids(tok, template, text.strip(), instruct_input.strip(), limit)
         if cut:
             print(f"note: the prompt does not fit the context of {T}: its end was cut")
-        idx = torch.tensor([ids])
+        prompt = ""
     else:
-        idx = encode_prompt(text, tok, model.config.block_size)
-    idx = idx.to(model.transformer.wte.weight.device)
-    prompt = "" if template else tok.decode([i for i in idx[0].tolist() if i != tok.eos_id])
+        ids = encode_prompt(text, tok, T)
+        prompt = tok.decode([i for i in ids if i != tok.eos_id])
+    idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
     options = (max_new_tokens, temperature, top_k, top_p, tok.eos_id,
                torch.Generator().manual_seed(seed + number))
     clock, count = time.perf_counter(), 0
@@ -97,9 +98,8 @@ def write(model, tok, text: str, number: int, template: str | None = None):
 
 def main():
     if num_samples < 1 or num_beams < 1:
-        raise ValueError(f"num_samples and num_beams must be at least 1, got {num_samples} and "
-                         f"{num_beams}")
-    if num_samples > 1 < num_beams:
+        raise ValueError(f"num_samples={num_samples} and num_beams={num_beams} must be at least 1")
+    if num_samples > 1 and num_beams > 1:
         raise ValueError("beam search writes one text: give num_samples or num_beams")
     if start and instruct is not None:
         raise ValueError("give start or instruct, not both")
@@ -114,17 +114,15 @@ def main():
                          "finetune_instruct.py; give the prompt with --start")
     if instruct_input and not (template and (interactive or instruct is not None)):
         raise ValueError("instruct_input is what an instruction is about; give one with --instruct")
-    number = 0
-    if not interactive or start or instruct is not None:
-        write(model, tok, *((start, 0) if instruct is None else (instruct, 0, template)))
-        number = 1
+    given = start if instruct is None else instruct
+    if given or not interactive:
+        write(model, tok, given, 0, template if instruct is not None else None)
     if not interactive:
         return
-    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text are answered, and asked again
-        sys.stdin.reconfigure(errors="surrogateescape")
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text get an answer, too
     print("type an instruction, then Enter; Ctrl-D ends" if template else
           "type a prompt, then Enter; an empty line writes a fresh document, Ctrl-D ends")
-    while True:
+    for number in itertools.count(1 if given else 0):
         try:
             text = input("\n> ")
         except EOFError:
@@ -132,9 +130,8 @@ def main():
             return
         try:
             write(model, tok, text, number, template)
-        except (ValueError, OSError) as e:  # a character outside the alphabet, say: ask again
+        except (ValueError, OSError) as e:  # such as a character outside the alphabet: ask again
             print(f"error: {e}")
-        number += 1
 
 
 if __name__ == "__main__":

@@ -3,18 +3,15 @@
     python sonnet.py config/sonnet.py --data_dir=FOLDER
     python sonnet.py config/sonnet.py --data_dir=FOLDER --sweep
     python sonnet.py --data_dir=FOLDER --init_from=gpt2 --mode=lora --learning_rate=1e-3 --cs224n
-    python sonnet.py --data_dir=FOLDER --init_from=out/sonnet --epochs=0 --num_beams=4 \\
-        --out_dir=out/sonnet_beams
+    python sonnet.py config/sonnet.py --data_dir=FOLDER --init_from=resume --num_beams=4
 
 FOLDER has the files of the CS224n default project "Build GPT-2". OUT/best is the model of the epoch
-with the lowest dev loss (nats a token, end-of-text included), OUT/generated_sonnets.txt the test
+with the lowest dev loss (nats per token, end-of-text included), OUT/generated_sonnets.txt the test
 poems; the dev poems lie beside it, also one a line, as `sacrebleu REF -i HYP -m chrf` reads them.
 """
 
-import json
 import math
 import re
-import time
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -22,30 +19,27 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 from sacrebleu.metrics import CHRF
+from torch.nn.utils.rnn import pad_sequence
 
-from common import (
-    Metrics,
-    Skips,
-    begin,
-    load_model,
-    lr_scale,
-    save_best,
-    set_aside,
-)
-from configurator import run
-from data import ngrams, words
+from checkpoint import check_data, load_model, open_run, save_best, saved_model
+from configurator import run as run_script
+from data import digest
 from decode import beam_search, check_beams, left_padded, prepare
+from device import begin
 from files import read_text, write_text
 from lora import set_trainable
 from model import GPT, GPTConfig, check_sampling
 from optim import build_optimizer
+from run import Run, lr_scale
+from text import ngrams, words
 from tokenizer import open_tokenizer
 
 # what and where
 out_dir = "out/sonnet"  # the run's folder
+overwrite = False  # begin anew in a folder that holds a run
 data_dir: str | None = None  # the folder with the course's sonnets
-allow_overlap = False  # held-out ids may be in the training set
-init_from = "out/pretrain_plays"  # a run folder, Hugging Face folder or hub name; or scratch
+allow_overlap = False  # held-out numbers may be in the training set
+init_from = "out/pretrain_plays"  # a run or Hugging Face folder, a hub name, scratch, or resume
 seed = 1337
 # the network, from scratch
 tokenizer = "data/plays2k.json"  # with an end-of-text, which closes a poem
@@ -61,16 +55,19 @@ lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank
 epochs = 10  # 0: the model as it is
 patience = 2  # epochs without a better dev loss, then training ends
 batch_size = 8  # poems
+optimizer = "adamw"  # or another of optim.OPTIMIZERS
 learning_rate = 1e-3  # its peak, after a linear warmup; then linear to zero
 warmup_fraction = 0.1  # of the updates
 weight_decay = 0.01  # of matrices
 dropout = 0.1
+log_interval = 20  # updates between lines
+wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
 # how the poems are finished
 temperature = 0.8  # 0 is greedy
 top_p: float | None = 0.9  # draw from the fewest tokens whose probability reaches p
 top_k: int | None = None  # draw from the k most likely tokens
 num_beams = 1  # more: beam search instead of drawing
-candidates = 8  # drawn for each poem; the best by its mean log-probability is taken
+candidates = 8  # drawn for each poem; the likeliest by its mean log-probability is kept
 max_new_tokens = 256  # of a poem that will not end
 sweep = False  # try SWEEP on the dev poems; the test poems get what has the best chrF there
 cs224n = False  # generated_sonnets.txt in the layout of the course's submissions
@@ -79,7 +76,9 @@ device = "auto"  # cpu, cuda, cuda:1, mps
 
 FILES = ("sonnets.txt", "sonnets_held_out_dev.txt", "TRUE_sonnets_held_out_dev.txt",
          "sonnets_held_out.txt")  # training, dev prompts, the whole dev poems, test prompts
-FROM_ONE = ("patience", "batch_size", "candidates", "num_beams", "max_new_tokens")
+FROM_ONE = ("patience", "batch_size", "log_interval", "candidates", "num_beams", "max_new_tokens")
+FIXED = ("tokenizer", "block_size", "n_layer", "n_head", "n_embd", "seed", "mode", "train_blocks",
+         "lora_rank", "lora_alpha", "batch_size", "optimizer")  # a resumed run keeps these
 CHOICES = {"mode": ("full", "lora", "last_blocks")}
 LINES = 14
 RHYMES = ((0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 13))  # ABAB CDCD EFEF GG
@@ -94,60 +93,53 @@ def read_poems(path) -> dict[int, str]:
     dropped, blank lines too, indents stay. ValueError names what cannot be read."""
     _, *parts = re.split(r"^[ \t]*(\d+)[ \t]*$", read_text(path), flags=re.MULTILINE)
     if not parts:
-        raise ValueError(f"{path} has no numbers: expected, for each poem, a line with its number, "
-                         "a blank line, then its lines")
+        raise ValueError(f"{path} has no numbers: expected a line with its number before each poem")
     poems = {}
-    for number, body in zip(map(int, parts[::2]), parts[1::2]):
-        lines = [line.rstrip() for line in body.split("\n") if line.strip()]
+    for number, text in zip(map(int, parts[::2]), parts[1::2]):
+        lines = [line.rstrip() for line in text.split("\n") if line.strip()]
         if not lines or number in poems:
-            raise ValueError(f"{path}: poem {number} " + ("is there twice" if lines else "is empty"))
+            raise ValueError(f"{path}: poem {number} is {'there twice' if lines else 'empty'}")
         poems[number] = "\n".join(lines)
     return poems
 
 
 def read_data(folder: str | None) -> list[dict[int, str]]:
     """The poems of FILES; ValueError, in one line with the poem's number, where they do not fit."""
-    there = folder and [name for name in FILES if (Path(folder) / name).is_file()]
-    if not folder or len(there) < len(FILES):
-        found = f"{folder} has of these only {there}" if folder else "none is given"
-        raise ValueError(
-            f"--data_dir must name a folder with {', '.join(FILES)} ({found}). They come with the "
-            "Stanford CS224n default project \"Build GPT-2\" (its folder data/); the text is the "
-            "Folger Shakespeare Library's. Format: a header, then for each poem a line with its "
-            "number, a blank line and its lines; sonnets_held_out* have the first three lines")
-    paths = [Path(folder) / name for name in FILES]
+    paths = [Path(folder or "") / name for name in FILES]
+    missing = [path.name for path in paths if not folder or not path.is_file()]
+    if missing:
+        raise ValueError(f"--data_dir={folder} lacks {', '.join(missing)} of the CS224n project "
+                         "\"Build GPT-2\": a header, then for each poem a line with its number, a "
+                         "blank line and its lines, in sonnets_held_out* the first three")
     train, dev, gold, test = poems = [read_poems(path) for path in paths]
-    for path, prompts in ((paths[1], dev), (paths[3], test)):
-        for number in prompts:
-            if number in train and not allow_overlap:
-                raise ValueError(f"poem {number} of {path} is in the training set {paths[0]}, too; "
-                                 "--allow_overlap takes it nevertheless")
+    overlap = (dev.keys() | test.keys()) & train.keys()
+    if overlap and not allow_overlap:
+        raise ValueError(f"poem {min(overlap)} of {paths[0]} is among those held out, too; "
+                         "--allow_overlap trains on it nevertheless")
     for number in sorted(dev.keys() | gold.keys()):
         if number not in dev or not gold.get(number, "").startswith(f"{dev[number]}\n"):
-            raise ValueError(f"poem {number} is not begun in {paths[1]} and gone on with in {paths[2]}, "
-                             f"which have {len(dev)} prompts and {len(gold)} whole poems")
+            raise ValueError(f"poem {number} is not begun in {paths[1]} and whole in {paths[2]}")
     return poems
 
 
 def encode(poems: dict[int, str], tok, T: int, whole: bool = True) -> list[list[int]]:
-    """Token ids of poems between two end-of-texts, or of prompts behind one. ValueError names a poem
-    that a context of T does not hold."""
-    rows, room = [], T + 1 if whole else T - 1  # the last id of a poem is predicted, never read
+    """Token ids of poems between two end-of-texts, or of prompts behind one. ValueError names a
+    poem that does not fit a context of T."""
+    rows, end = [], [tok.eos_id]
+    limit = T - 1 if whole else T - 2  # the last id of a poem is predicted, never read
     for number, poem in poems.items():
         try:
             ids = tok.encode(poem if whole else f"{poem}\n").tolist()
         except ValueError as e:
             raise ValueError(f"poem {number}: {e}") from None
-        rows.append([tok.eos_id, *ids, *[tok.eos_id] * whole])
-        if len(rows[-1]) > room:
-            raise ValueError(f"poem {number} has {len(rows[-1])} tokens, end-of-text included; the "
-                             f"context of {T} has room for {room}")
+        if len(ids) > limit:
+            raise ValueError(f"poem {number} has {len(ids)} tokens, a context of {T} fits {limit}")
+        rows.append([*end, *ids, *end] if whole else [*end, *ids])
     return rows
 
 
 def collate(rows, device):
-    """(ids, targets), both (B, T), padded on the right; targets are -100 there. Causal attention
-    needs no mask for that."""
+    """(ids, targets), both (B, T), padded on the right (targets with -100): that needs no mask."""
     T = max(map(len, rows))
     padded = torch.tensor([row + [-100] * (T - len(row)) for row in rows], device=device)
     return padded[:, :-1].clamp(min=0), padded[:, 1:]
@@ -155,62 +147,51 @@ def collate(rows, device):
 
 # ---- finishing them ----
 
-def cut(new: list[int], lines: int, tok, breaks) -> list[int]:
-    """Ids up to end-of-text or the break behind the fourteenth line; `lines` are there before."""
-    for at, token in enumerate(new, 1):
-        lines += breaks[token]
-        if token == tok.eos_id or lines >= LINES:
-            return new[:at]
+@torch.inference_mode()
+def continue_rows(model: GPT, tok, rows, generator, temperature=1.0, top_p=None, top_k=None,
+                  num_beams=1) -> list[list[int]]:
+    """The ids that the model adds to each prompt (a list of ids), up to end-of-text or the break
+    behind the fourteenth line; in one left-padded batch, but poem by poem for beam search."""
+    idx, mask = left_padded(rows, model.transformer.wte.weight.device)
+    n = min(max_new_tokens, model.config.block_size - idx.size(1))
+    if num_beams > 1:
+        found = [beam_search(model, idx.new_tensor([row]), n, num_beams,
+                             eos_id=tok.eos_id)[0][0, len(row):] for row in rows]
+        steps = pad_sequence(found, padding_value=tok.eos_id)  # (n, B), as the stream gives them
+    else:
+        steps = model.stream(idx, n, temperature, top_k, top_p, tok.eos_id, generator, mask)
+    breaks = [token.count(b"\n") for token in tok.tokens]
+    lines = [sum(breaks[i] for i in row) for row in rows]
+    new, open_rows = [[] for _ in rows], range(len(rows))
+    for step in steps:
+        tokens = step.tolist()
+        for i in open_rows:
+            new[i].append(tokens[i])
+            lines[i] += breaks[tokens[i]]
+        open_rows = [i for i in open_rows if tokens[i] != tok.eos_id and lines[i] < LINES]
+        if not open_rows:
+            break
     return new
 
 
 @torch.inference_mode()
-def continue_rows(model: GPT, tok, rows, generator, temperature=1.0, top_p=None, top_k=None,
-                  num_beams=1) -> list[list[int]]:
-    """The ids that the model adds to each prompt (a list of ids), `cut` where a sonnet ends. All
-    are one left-padded batch, but for beam search, which takes no padding: poem by poem."""
-    idx, mask = left_padded(rows, model.transformer.wte.weight.device)
-    n = min(max_new_tokens, model.config.block_size - idx.size(1))
-    breaks = [token.count(b"\n") for token in tok.tokens]
-    begun = [sum(breaks[i] for i in row) for row in rows]
-    if num_beams > 1:
-        new = [beam_search(model, torch.tensor([row], device=idx.device), n, num_beams,
-                           eos_id=tok.eos_id)[0][0, len(row):].tolist() for row in rows]
-    else:
-        lines, per_id = (torch.tensor(counts, device=idx.device) for counts in (begun, breaks))
-        done, steps = torch.zeros_like(lines, dtype=torch.bool), []
-        for token in model.stream(idx, n, temperature, top_k, top_p, tok.eos_id, generator, mask):
-            steps.append(token)
-            lines += per_id[token]
-            done |= (token == tok.eos_id) | (lines >= LINES)
-            if done.all():
-                break
-        new = torch.stack(steps, 1).tolist()
-    return [cut(ids, count, tok, breaks) for ids, count in zip(new, begun)]
-
-
-@torch.inference_mode()
-def log_prob(model: GPT, row, new) -> float:
-    """Mean log-probability (nats a token, temperature 1) of the ids `new` behind those of `row`."""
-    ids, targets = collate([row + new], model.transformer.wte.weight.device)
-    targets[:, :len(row) - 1] = -100
-    return -model(ids, targets)[1].item()
-
-
 def finish(model: GPT, tok, prompts: dict[int, str], decoding: dict) -> tuple[dict, dict]:
-    """({number: poem}, {number: its mean log-probability}): of the candidates for each prompt, the
-    one that the model itself finds likeliest. The same seed gives the same poems."""
+    """({number: poem}, {number: the mean log-probability of its new tokens, in nats}): of the
+    candidates for each prompt, the likeliest by it. The same seed gives the same poems."""
     draws = decoding.get("temperature") != 0 and decoding.get("num_beams", 1) == 1
-    each = candidates if draws else 1
-    rows = [row for row in encode(prompts, tok, model.config.block_size, whole=False)
-            for _ in range(each)]
-    new = continue_rows(model, tok, rows, torch.Generator().manual_seed(seed), **decoding)
-    scored = [(log_prob(model, *pair), pair[1]) for pair in zip(rows, new)]
-    poems, scores = {}, {}
+    count = candidates if draws else 1
+    encoded = encode(prompts, tok, model.config.block_size, whole=False)
+    rows = [row for row in encoded for _ in range(count)]
+    scored, poems, scores = [], {}, {}
+    generator = torch.Generator().manual_seed(seed)
+    for row, new in zip(rows, continue_rows(model, tok, rows, generator, **decoding)):
+        ids, targets = collate([row + new], model.transformer.wte.weight.device)
+        targets[:, :len(row) - 1] = -100  # the prompt
+        scored.append((-model(ids, targets)[1].item(), new))
     for i, (number, prompt) in enumerate(prompts.items()):
-        scores[number], ids = max(scored[i * each:(i + 1) * each])
-        text = tok.decode([token for token in ids if token != tok.eos_id])
-        lines = [line.rstrip() for line in f"{prompt}\n{text}".splitlines() if line.strip()]
+        scores[number], ids = max(scored[i * count:(i + 1) * count])
+        text = f"{prompt}\n{tok.decode([token for token in ids if token != tok.eos_id])}"
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
         poems[number] = "\n".join(lines[:LINES])
     return poems, scores
 
@@ -223,7 +204,7 @@ def rest(poem: str, prompt: str) -> str:
 
 
 def rhyme_hits(poem: str, prompt: str) -> float | None:
-    """Part of a sonnet's rhymes, of those not given with the prompt, that CMUdict knows for rhymes;
+    """Part of a sonnet's rhymes, but for those given with the prompt, that are rhymes by CMUdict;
     None where all are given, or the library (pip install pronouncing) is missing."""
     try:
         from pronouncing import phones_for_word, rhyming_part
@@ -237,37 +218,39 @@ def rhyme_hits(poem: str, prompt: str) -> float | None:
 
 
 def measure(poems, prompts, gold, known: set) -> dict:
-    """What is said of finished poems: chrF with the prompt on both sides, as the course takes it,
-    and of the continuation alone; of the continuation, lines, 5-grams of words that are `known`
-    (of the training poems), different words and pairs; rhymes, where the library is there."""
+    """What is reported of finished poems: chrF with the prompt on both sides, as in the course, and
+    of the continuation alone; lines; the continuation's 5-grams of words that are `known` (of the
+    training poems), different words and pairs; rhymes, where the library is there."""
     new = {number: rest(poem, prompts[number]) for number, poem in poems.items()}
     true = [rest(gold[number], prompts[number]) for number in poems]
     corpus_score = CHRF().corpus_score  # Popović 2015, 0 to 100
-    five, one, two = ([gram for text in new.values() for gram in ngrams(words(text), n)] for n in (5, 1, 2))
-    rhymes = [hits for number, poem in poems.items()
-              if (hits := rhyme_hits(poem, prompts[number])) is not None]
+    texts = [words(text) for text in new.values()]
+    rhymes = [rhyme_hits(poem, prompts[number]) for number, poem in poems.items()]
+    rhymes = [hits for hits in rhymes if hits is not None]
+    runs = {n: [gram for text in texts for gram in ngrams(text, n)] for n in (1, 2, 5)}
     return {
         "chrf": corpus_score(list(poems.values()), [[gold[number] for number in poems]]).score,
         "chrf_continuation": corpus_score(list(new.values()), [true]).score,
         "lines": fmean(poem.count("\n") + 1 for poem in poems.values()),
-        "copied_5grams": sum(gram in known for gram in five) / max(1, len(five)),
-        "distinct_1": len(set(one)) / max(1, len(one)),
-        "distinct_2": len(set(two)) / max(1, len(two)),
+        "copied_5grams": sum(gram in known for gram in runs[5]) / max(1, len(runs[5])),
+        "distinct_1": len(set(runs[1])) / max(1, len(runs[1])),
+        "distinct_2": len(set(runs[2])) / max(1, len(runs[2])),
         "rhymes": fmean(rhymes) if rhymes else None}
 
 
-def baselines(poems, prompts, gold, judge) -> dict[str, dict]:
-    """The same measures of what no model wrote; of random sonnets the mean of 20 draws."""
+def baselines(poems, prompts, gold, measure) -> dict[str, dict]:
+    """The measures of poems that no model wrote; of random sonnets the mean of 20 draws."""
     rng, draws = np.random.default_rng(seed), []
     for _ in range(20):
         drawn = rng.choice(list(poems), len(prompts), replace=len(prompts) > len(poems)).tolist()
-        draws.append(judge({number: f"{prompt}\n{rest(poems[other], prompt)}"
-                            for (number, prompt), other in zip(prompts.items(), drawn)}))
-    mean = {k: None if v is None else fmean(row[k] for row in draws) for k, v in draws[0].items()}
+        draws.append(measure({number: f"{prompt}\n{rest(poems[other], prompt)}"
+                              for (number, prompt), other in zip(prompts.items(), drawn)}))
+    mean = {key: None if value is None else fmean(row[key] for row in draws)
+            for key, value in draws[0].items()}
     mean["deviation"] = stdev(row["chrf_continuation"] for row in draws)
     again = {n: "\n".join((prompt.split("\n") * LINES)[:LINES]) for n, prompt in prompts.items()}
-    return {"random training sonnets": mean, "the prompt repeated": judge(again),
-            "the true poems": judge(gold)}
+    return {"random training sonnets": mean, "the prompt repeated": measure(again),
+            "the true poems": measure(gold)}
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -275,70 +258,28 @@ def table(rows: dict[str, dict]) -> str:
     columns = {"chrf": "chrF", "chrf_continuation": "continued", "lines": "lines",
                "copied_5grams": "copied", "distinct_1": "dist-1", "distinct_2": "dist-2",
                "rhymes": "rhymes", "log_prob": "log-prob"}
-    text = [" " * 28 + "".join(f"{shown:>10}" for shown in columns.values())]
+    lines = [" " * 28 + "".join(f"{title:>10}" for title in columns.values())]
     for name, row in rows.items():
         cells = ["" if row.get(key) is None else f"{row[key]:.2f}" for key in columns]
-        text.append(f"{name:28}" + "".join(f"{cell:>10}" for cell in cells).rstrip()
-                    + (f"  (continued ± {row['deviation']:.2f})" if "deviation" in row else ""))
-    return "\n".join(text)
-
-
-def label(decoding: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in decoding.items())
+        lines.append(f"{name:28}{''.join(f'{cell:>10}' for cell in cells)}".rstrip())
+        if "deviation" in row:
+            lines[-1] += f"  (continued ± {row['deviation']:.2f})"
+    return "\n".join(lines)
 
 
 # ---- the whole ----
 
-def train(model: GPT, tok, rows, dev, out: Path, env) -> tuple[float, int]:
-    """Fine-tunes; OUT/best is the model of the epoch with the lowest dev loss, which is returned
-    with the epoch's number (0: before training)."""
-    set_aside(out)
-    where, metrics, skips = env.device, Metrics(out), Skips(env)
-    per_epoch = math.ceil(len(rows) / batch_size)
-    max_steps = epochs * per_epoch
-    update = build_optimizer(model, "adamw", learning_rate, weight_decay, (0.9, 0.999))
-    best, at, step, tokens, elapsed = math.inf, 0, 0, 0, 0.0
-    for epoch in range(epochs + 1):
-        model.train()
-        loss_sum, count, norms, clock = 0.0, 0, [], time.perf_counter()
-        order = np.random.default_rng((seed, epoch)).permutation(len(rows))
-        for batch in np.array_split(order, per_epoch) if epoch else ():
-            for group in update.param_groups:
-                group["lr"] = learning_rate * lr_scale("linear", step, max_steps,
-                                                       round(warmup_fraction * max_steps))
-            ids, targets = collate([rows[i] for i in batch], where)
-            loss = model(ids, targets)[1]
-            loss.backward()
-            norms.append(env.update(update, model.parameters(), 1.0))
-            n = int((targets >= 0).sum())
-            loss_sum, count, step, tokens = loss_sum + loss.item() * n, count + n, step + 1, tokens + n
-        elapsed += time.perf_counter() - clock
-        if norms:
-            skips.see(norms, step, print)
-        model.eval()
-        with torch.inference_mode():
-            found = model(*collate(dev, where))[1].item()
-        row = {"train_loss": loss_sum / count} if count else {}
-        metrics.log(step=step, tokens=tokens, val_loss=found, val_ppl=math.exp(min(found, 700)),
-                    elapsed_s=elapsed, **row)
-        print(f"epoch {epoch:2}: " + "".join(f"training loss {v:.4f}, " for v in row.values())
-              + f"dev loss {found:.4f}{' (best so far)' * (found < best)}", flush=True)
-        if found < best:
-            best, at = found, epoch
-            save_best(out, model, tok)
-        elif epoch - at >= patience:
-            break
-    metrics.plot()
-    return best, at
-
-
 def main():
     settings, env, out = begin(globals(), FROM_ONE, CHOICES)
-    poems, prompts, gold, test = read_data(data_dir)
     if env.world > 1:
         raise ValueError("sonnet.py runs in one process: python sonnet.py, without torchrun")
-    where, clock = env.device, time.perf_counter()
-    if init_from == "scratch":
+    poems, prompts, gold, test = read_data(data_dir)
+    path, checkpoint = open_run(env, out, settings, FIXED, data=str)
+
+    # ---- the model: resumed, new or pretrained ----
+    if checkpoint is not None:
+        model, tok = saved_model(checkpoint, dropout)
+    elif init_from == "scratch":
         tok = open_tokenizer(tokenizer)
         model = GPT(GPTConfig(block_size, tok.vocab_size, n_layer, n_head, n_embd, dropout))
     else:
@@ -350,51 +291,93 @@ def main():
     rows, dev = encode(poems, tok, T), encode(gold, tok, T)
     check_sampling(model.config, torch.zeros(1, 1), max_new_tokens, temperature, top_k, top_p)
     check_beams(model.config, num_beams, 1.0)
-    for held_out in (prompts, test):  # refused now rather than after training
-        encode(held_out, tok, T, whole=False)
+    encode(prompts | test, tok, T, whole=False)  # refused now rather than after training
+    known = digest([rows, dev])
+    if checkpoint is not None:
+        check_data(path, checkpoint, known, data_dir)
+    env.place(model)
     trained = set_trainable(model, mode, train_blocks, lora_rank, lora_alpha)
-    model.to(where)
-    print(f"{init_from}: {model.num_params():,} parameters, {trained:,} trained ({mode}), {tok.name} "
-          f"tokens; {len(rows)} poems of {fmean(map(len, rows)):.0f} tokens", flush=True)
-    env.lock(out)
-    dev_loss, epoch = train(model, tok, rows, dev, out, env)
-    nats = dev_loss * sum(len(row) - 1 for row in dev)
-    dev_bpb = nats / math.log(2) / sum(len(poem.encode()) for poem in gold.values())
+    env.say(f"{init_from}: {model.num_params():,} parameters, {trained:,} trained ({mode}); "
+            f"{len(rows)} poems of {fmean(map(len, rows)):.0f} tokens ({tok.name})")
 
-    model = prepare(GPT.from_pretrained(out / "best").to(where))
-    known = {gram for poem in poems.values() for gram in ngrams(words(poem), 5)}
-    judge, tried = partial(measure, prompts=prompts, gold=gold, known=known), []
-    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    asked = {"num_beams": num_beams} if num_beams > 1 else {
-        name: value for name, value in asked.items() if value is not None}
+    # ---- the run ----
+    per_epoch = math.ceil(len(rows) / batch_size)
+    max_steps = epochs * per_epoch
+    update = build_optimizer(model, optimizer, learning_rate, weight_decay, (0.9, 0.999))
+    schedule = partial(lr_scale, "linear", max_steps=max_steps,
+                       warmup_steps=round(warmup_fraction * max_steps))
+    run = Run(env, out, model, update, settings, schedule, max_steps, per_epoch, checkpoint)
+    del checkpoint
+
+    def evaluate_and_keep(epoch: int) -> dict:
+        model.eval()
+        with torch.inference_mode():
+            loss = model(*collate(dev, env.device))[1].item()
+        model.train()
+        if run.is_best(loss, epoch):
+            save_best(run.folder, model, tok)
+        return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700))}
+
+    # ---- the loop ----
+    if run.step == 0:  # epoch 0 is the model before training
+        run.log(**evaluate_and_keep(0))
+    for step in run.steps():
+        epoch, number = divmod(step, per_epoch)
+        if number == 0 and epoch - run.best[-1] >= patience:
+            break
+        order = np.random.default_rng((seed, epoch + 1)).permutation(len(rows))
+        batch = np.array_split(order, per_epoch)[number]
+        ids, targets = collate([rows[i] for i in batch], env.device)
+        n = int((targets >= 0).sum())
+        run.backward(model(ids, targets)[1] * n, n)
+        run.update(n)
+        run.log(**(evaluate_and_keep(epoch + 1) if run.evaluates else {}))
+        if run.saves:
+            run.save(model=model.state_dict(), config=vars(model.config), tokenizer=tok.to_json(),
+                     data=known)
+    if run.stopped:
+        return env.close()
+
+    # ---- the best model finishes the dev poems, then the test poems ----
+    dev_loss, epoch = run.best
+    bits = dev_loss / math.log(2) * sum(len(row) - 1 for row in dev)
+    dev_bpb = bits / sum(len(poem.encode()) for poem in gold.values())
+    model = prepare(GPT.from_pretrained(run.folder / "best").to(env.device))
+    grams = {gram for poem in poems.values() for gram in ngrams(words(poem), 5)}
+    measured = partial(measure, prompts=prompts, gold=gold, known=grams)
+    asked, tried = {"temperature": temperature, "top_p": top_p, "top_k": top_k}, {}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if num_beams > 1:
+        asked = {"num_beams": num_beams}
     for decoding in SWEEP if sweep else [asked]:
         done, scores = finish(model, tok, prompts, decoding)
-        tried.append((judge(done) | {"log_prob": fmean(scores.values())}, decoding, done, scores))
-    row, decoding, done, scores = max(tried, key=lambda each: each[0]["chrf_continuation"])
-    each = {f"poem {n}": judge({n: poem}) | {"log_prob": scores[n]} for n, poem in done.items()}
-    named = {label(options): found for found, options, *_ in tried}
-    others = baselines(poems, prompts, gold, judge)
-    print(f"{table(each)}\n\nall dev poems, lowest dev loss {dev_loss:.4f} ({dev_bpb:.3f} bits a "
+        row = measured(done) | {"log_prob": fmean(scores.values())}
+        name = ", ".join(f"{option} {value}" for option, value in decoding.items())
+        tried[name] = row, decoding, done, scores
+    best = max(tried, key=lambda name: tried[name][0]["chrf_continuation"])
+    row, decoding, done, scores = tried[best]
+    each = {f"poem {n}": measured({n: poem}) | {"log_prob": scores[n]} for n, poem in done.items()}
+    named = {name: found for name, (found, *_) in tried.items()}
+    others = baselines(poems, prompts, gold, measured)
+    print(f"{table(each)}\n\nall dev poems, lowest dev loss {dev_loss:.4f} ({dev_bpb:.3f} bits per "
           f"byte) at epoch {epoch}\n{table(named | others)}\n")
-
     finished = finish(model, tok, test, decoding)[0]
     head, form = ("--Generated Sonnets-- \n\n", "\n{}\n{}\n\n") if cs224n else ("", "{}\n\n{}\n\n")
     for file, texts in (("generated_dev.txt", done), ("generated_sonnets.txt", finished)):
-        write_text(out / file, head + "".join(form.format(*pair) for pair in texts.items()))
+        write_text(run.folder / file, head + "".join(form.format(*pair) for pair in texts.items()))
     for kind, texts in (("hypotheses", done), ("references", gold)):  # one a line, for sacrebleu
-        for name, lines in (("poems", [texts[n] for n in done]),
-                            ("continuations", [rest(texts[n], prompts[n]) for n in done])):
-            write_text(out / f"dev_{name}_{kind}.txt", "".join(
-                f"{' '.join(text.split())}\n" for text in lines))
-    write_text(out / "results.json", json.dumps({
+        new = {n: rest(texts[n], prompts[n]) for n in done}
+        for name, by_number in (("poems", texts), ("continuations", new)):
+            lines = [f"{' '.join(by_number[n].split())}\n" for n in done]
+            write_text(run.folder / f"dev_{name}_{kind}.txt", "".join(lines))
+    run.results({
         "split": "dev", **row, "decoding": decoding, "dev_loss": dev_loss, "bits_per_byte": dev_bpb,
         "best_epoch": epoch, "baselines": others, "tried": named, "poems": each,
-        "seconds": time.perf_counter() - clock, "seed": seed, "settings": settings}, indent=1) + "\n")
-    first = next(iter(finished))
-    print(f"{first}\n\n{finished[first]}\n\n{label(decoding)}: the {len(finished)} test poems are in "
+        "seconds": run.elapsed, "seed": seed})
+    print(f"{finished[min(finished)]}\n\n{best}: the {len(finished)} test poems are in "
           f"{out / 'generated_sonnets.txt'}")
     env.close()
 
 
 if __name__ == "__main__":
-    run(main, globals())
+    run_script(main, globals())

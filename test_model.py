@@ -5,17 +5,13 @@ import math
 import os
 import pickle
 import shutil
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import model as model_module
-import ops
 from model import GPT, PRESETS, GPTConfig, KVCache, draw
-from ops import ONEDNN, LinearCrossEntropy, linear
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -167,132 +163,11 @@ def test_no_bias_and_dropout_switches():
     assert (model.train()(x)[0] != model(x)[0]).any()
 
 
-@pytest.mark.parametrize("rows", [1, 256, 700])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_chunked_cross_entropy_is_cross_entropy(rows, frozen):
-    torch.manual_seed(0)
-    x, weight = (torch.randn(n, 24, dtype=torch.float64) for n in (rows, 33))
-    targets = torch.randint(33, (rows,))
-    targets[rows // 3::5] = -100 if rows > 1 else targets[0]
-    found = []
-    for loss in (lambda x, w: F.cross_entropy(x @ w.T, targets),
-                 lambda x, w: LinearCrossEntropy.apply(x, w, targets)):
-        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
-        value = loss(*leaves)
-        (3 * value).backward()
-        found.append([value, leaves[0].grad, *[leaves[1].grad] * (not frozen)])
-    for a, b in zip(*found):
-        assert (a - b).abs().max() < 1e-12
-
-
-def test_chunked_cross_entropy_of_half_precision_and_what_it_cannot_do():
-    torch.manual_seed(0)
-    x, weight = (torch.randn(n, 24, dtype=torch.bfloat16) for n in (5000, 33))
-    targets = torch.randint(33, (5000,))
-    loss = LinearCrossEntropy.apply(x.requires_grad_(), weight, targets)
-    exact = F.cross_entropy(x.double() @ weight.double().T, targets)
-    assert loss.dtype == torch.float32 and abs(loss - exact) < 1e-2
-    assert torch.autograd.grad(loss, x, retain_graph=True)[0].dtype == torch.bfloat16
-    with pytest.raises(RuntimeError, match="compute it again"):
-        loss.backward()
-    loss = LinearCrossEntropy.apply(x, weight, targets)
-    with pytest.raises(RuntimeError, match="derived once"):
-        torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="out of bounds"):
-        LinearCrossEntropy.apply(x, weight, targets - 1)
-
-
 def test_the_loss_of_a_half_precision_model_is_float32s():
     for dtype in (torch.bfloat16, torch.float16):
         model, x = tiny().to(dtype), ids(8, 40)
         exact = F.cross_entropy(model(x[:, :-1])[0].double().flatten(0, 1), x[:, 1:].flatten())
         assert abs(model(x[:, :-1], x[:, 1:])[1] - exact) < 1e-4
-
-
-def test_loss_of_a_large_vocabulary_takes_the_chunked_way(monkeypatch):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)).double()
-    x = torch.randint(50257, (6, 65))
-    x[:, 20:30] = x[0, 5]  # one id many times
-    y, plain, calls = x[:, 1:].flatten(), F.cross_entropy, []
-    monkeypatch.setattr(F, "cross_entropy", lambda *a: calls.append(a) or plain(*a))
-    losses = model(x[:, :-1], x[:, 1:])[1], plain(model(x[:, :-1])[0].flatten(0, 1), y)
-    assert not calls
-    theirs, ours = (torch.autograd.grad(loss, [*model.parameters()]) for loss in losses)
-    assert abs(losses[0] - losses[1]) < 1e-12
-    assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs))
-
-
-@pytest.mark.skipif(not ONEDNN, reason="oneDNN's products are for x86 CPUs")
-@pytest.mark.parametrize("size", [(512, 1024), (256, 2048)])
-@pytest.mark.parametrize("frozen, bias", [(False, True), (True, True), (False, False)])
-def test_large_products_by_onednn(size, frozen, bias):
-    torch.manual_seed(0)
-    C, out = size
-    leaves = [torch.randn(2, 128, C, requires_grad=True),
-              torch.randn(out, C, requires_grad=not frozen),
-              *[torch.randn(out, requires_grad=not frozen)] * bias]
-    scale, found = torch.randn(2, 128, out), []
-    for own in (leaves, [leaf.detach().double().requires_grad_(leaf.requires_grad)
-                         for leaf in leaves]):
-        y = linear(*own)
-        by_onednn = "OneDNN" in str(y.grad_fn.next_functions[0][0])
-        assert by_onednn == (y.dtype == torch.float32)
-        y += 0.5  # as LoRA does
-        y.backward(scale.to(y.dtype).transpose(0, 1).contiguous().transpose(0, 1))
-        grown = [leaf for leaf in own if leaf.requires_grad]
-        first = torch.autograd.grad(linear(*own).square().sum(), grown, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in first), grown)
-        found.append([y, *(leaf.grad for leaf in grown), *first, *second])
-    for ours, exact in zip(*found):
-        assert ours.shape == exact.shape and (ours - exact).abs().max() < 1e-5 * exact.abs().max()
-    assert (leaves[1].grad is None) == frozen
-
-
-def test_wide_blocks_keep_less_for_the_backward_pass(monkeypatch):
-    """LayerNorms and GELU are made again for it: the same gradients, bit for bit."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=512))
-    x, found, gelus, alive = torch.randint(65, (2, 17)), [], [], []
-    gelu = F.gelu
-
-    def watched(*args, **kwargs):
-        y = gelu(*args, **kwargs)
-        gelus.append(weakref.ref(y))
-        return y
-    monkeypatch.setattr(F, "gelu", watched)
-    for plain in (False, True):
-        if plain:
-            monkeypatch.setattr(model_module, "recomputed",
-                                lambda make, x, use, width, *args: use(make(x), *args))
-        loss = model(x[:, :-1], x[:, 1:])[1]
-        alive.append([y() is not None for y in gelus])
-        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-        alive[-1].append(len(gelus))
-        gelus.clear()
-    assert alive == [[False, False, 4], [True, True, 2]]
-    assert all((a == b).all() for a, b in zip(*found))
-
-
-def test_bfloat16_on_a_cpu(monkeypatch):
-    """Autocast's gradients are near float32's; attention is in float32, the chunked loss is not."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=50257, n_layer=2, n_head=2, n_embd=32))
-    x, found, kinds = torch.randint(50257, (6, 65)), [], []
-    attention, linear = F.scaled_dot_product_attention, ops.linear
-    for kind in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", kind, enabled=kind == torch.bfloat16), monkeypatch.context() as m:
-            m.setattr(F, "scaled_dot_product_attention",
-                      lambda q, *a, **k: kinds.append(q.dtype) or attention(q, *a, **k))
-            m.setattr(ops, "linear", lambda x, *a: (
-                kinds.append(x.dtype) if x.dim() == 2 else None) or linear(x, *a))
-            loss = model(x[:, :-1], x[:, 1:])[1]
-        found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-    products = 2 * 2 * 7  # logits and their gradient, chunks of 256 rows, parts of 8,192 columns
-    assert kinds == [torch.float32] * (2 + products + 2) + [torch.bfloat16] * products
-    assert abs(found[0][0] - found[1][0]) < 1e-3
-    for a, b in zip(found[0][1:], found[1][1:]):
-        assert a.dtype == b.dtype and F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
 
 
 # ---- the cache and sampling ----

@@ -9,52 +9,44 @@
     python train.py --eval_only --init_from=gpt2 --dataset=tinystories  [--quantize=int8]
 """
 
-import gc
 import math
-import os
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from common import (
-    Metrics,
-    Skips,
-    StopSignal,
-    begin,
-    checkpoints,
-    command_line,
-    fitting,
-    lr_scale,
-    micro_batch_seed,
-    micro_batches,
+from checkpoint import (
+    check_data,
+    check_settings,
     model_tokenizer,
     newest_checkpoint,
-    restore,
-    same_settings,
+    open_run,
     save_best,
-    save_checkpoint,
-    set_aside,
-    start_id,
+    saved_model,
 )
-from configurator import run
+from configurator import command_line
+from configurator import run as run_script
 from data import Data, WindowOrder
 from decode import Int8Linear, prepare
-from files import read_pretrained
+from device import begin
+from hf import read_pretrained
 from model import GPT, GPTConfig
 from optim import build_optimizer
+from run import Run, duration, lr_scale, micro_batches
 
 # what and where
 out_dir = "out/run"  # the run's folder: ckpt.pt, best/, metrics.jsonl, loss.png
+overwrite = False  # begin anew in a folder that holds a run
 keep_checkpoints = 2  # the newest, ckpt.pt, and older ones, ckpt-STEP.pt, should that be damaged
 dataset = "tinystories"  # data/NAME, made by a prepare script; or a path with a slash in it
 verify = False  # check the checksums of all shards first
-init_from = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), a hub name or folder
+init_from = "scratch"  # or resume, auto (resume if there is a checkpoint), a hub name or folder
 revision: str | None = None  # of a hub name
 wte_from: str | None = None  # a new network takes its token embeddings from this model
 seed = 1337
-# the network (of a new one)
+# the network, of a new one: fields of GPTConfig, which a resumed run goes on with
 block_size = 1024  # context in tokens; crops that of a pretrained model
 n_layer = 12
 n_head = 12
@@ -66,8 +58,8 @@ tie_word_embeddings = True  # the output head is the token embedding
 # the updates
 max_steps = 3000  # updates in all
 batch_size = 16  # sequences of a micro-batch, on each rank
-total_batch_tokens: int | None = None  # tokens an update, over all ranks; None: one micro-batch each
-optimizer = "adamw"  # or muon, for the linear layers of the blocks, and adamw for the rest
+total_batch_tokens: int | None = None  # of an update, on all ranks; None: one micro-batch each
+optimizer = "adamw"  # or muon (linear layers of the blocks; the rest by adamw), adamw_plain
 learning_rate = 6e-4  # its peak
 adamw_learning_rate: float | None = None  # with muon, the peak of the rest; None: the same
 momentum = 0.95  # of muon
@@ -95,14 +87,12 @@ compile: bool | None = None  # torch.compile; None: on GPUs
 
 FROM_ONE = ("max_steps", "log_interval", "eval_interval", "block_size", "batch_size", "max_skipped",
             "keep_checkpoints", "eval_tokens")  # no other number may be below 0
-FIXED = ("dataset", "block_size", "n_layer", "n_head", "n_embd", "bias", "activation",
-         "tie_word_embeddings", "optimizer")  # a run that is resumed goes on with these
 
 
 @torch.inference_mode()
 def evaluate(model, split, env) -> dict:
-    """Mean loss over fixed windows of a split, shared among the ranks: val_loss (nats a token),
-    val_ppl and, where the bytes of its text are known, val_bpb (bits a UTF-8 byte)."""
+    """Mean loss over fixed windows of a split, shared among the ranks: val_loss (nats per token),
+    val_ppl and, where the bytes of its text are known, val_bpb (bits per UTF-8 byte)."""
     T = min(block_size, model.config.block_size)
     tokens = split.tokens - 1  # the first is not predicted
     if eval_tokens is not None:
@@ -131,7 +121,7 @@ def evaluate(model, split, env) -> dict:
 
 def sample_text(model, tokenizer, tokens: int) -> str:
     """A sample of the model, from end-of-text or (characters) a line break; always drawn alike."""
-    idx = torch.tensor([[start_id(tokenizer)]], device=next(model.parameters()).device)
+    idx = torch.tensor([[tokenizer.start_id]], device=next(model.parameters()).device)
     ids = model.generate(idx, tokens, temperature=0.8, top_k=min(200, tokenizer.vocab_size),
                          eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(seed))
     return tokenizer.decode(ids[0, 1:].tolist()).strip()
@@ -169,19 +159,14 @@ def same_tokenizer(where: str, name: str, tokenizer):
     """ValueError where the ids of a model that brings a tokenizer are not those of the data's."""
     own = model_tokenizer(name, revision)
     if own and (own.name, own.ids, own.merges) != (tokenizer.name, tokenizer.ids, tokenizer.merges):
-        raise ValueError(f"{where}: its tokenizer ({own.name}, {own.vocab_size} ids) is another than that "
-                         f"of data set {dataset} ({tokenizer.name}, {tokenizer.vocab_size}); prepare the "
-                         f"data with the model's, --tokenizer={name}")
+        raise ValueError(f"{where}: its tokenizer ({own.name}, {own.vocab_size} ids) is another "
+                         f"than that of data set {dataset} ({tokenizer.name}, "
+                         f"{tokenizer.vocab_size}); prepare the data with the model's, "
+                         f"--tokenizer={name}")
 
 
-def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def main():
-    settings, env, out = begin(globals(), FROM_ONE)
-    settings["ranks"], say = env.world, env.say
+def check(settings: dict):
+    """ValueError for settings that contradict each other or are out of range."""
     for name in ("out_dir", "dataset", "init_from"):
         if not settings[name].strip() or "\0" in settings[name]:
             raise ValueError(f"{name}={settings[name]!r} names nothing; --help says what it may be")
@@ -193,109 +178,122 @@ def main():
                          f"{min_lr_scale} and {decay_fraction}")
     if quantize and not eval_only:
         raise ValueError("quantize is for evaluating only: give --eval_only too, or leave it out")
+    lr_scale(lr_schedule, warmup_steps, max_steps, warmup_steps)  # an unknown name ends here
+
+
+def network_settings(settings: dict) -> dict:
+    """Those of the settings that are fields of GPTConfig."""
+    names = {field.name for field in fields(GPTConfig)}
+    return {name: value for name, value in settings.items() if name in names}
+
+
+def resumed_model(path: Path, checkpoint: dict, settings: dict, data) -> GPT:
+    """The network of a checkpoint; ValueError where the run could not go on with it as it was."""
+    network = network_settings(settings)
+    check_settings(path, checkpoint["config"], network, network.keys() - {"dropout"})
+    if checkpoint["tokenizer"] != data.tokenizer().to_json():
+        raise ValueError(f"{path} was trained with another tokenizer than {dataset} has now; "
+                         "bring that back, or give another --out_dir")
+    check_data(path, checkpoint, data.fingerprint(), dataset)
+    return saved_model(checkpoint, dropout)[0]
+
+
+def first_model(settings: dict, data) -> GPT:
+    """The network that a run begins with: a new one, or a pretrained one."""
+    if init_from not in ("scratch", "auto"):
+        model = GPT.from_pretrained(init_from, revision, torch.float32, dropout=dropout,
+                                    block_size=None if eval_only else block_size)
+        if model.config.vocab_size == data.vocab_size:
+            same_tokenizer(f"init_from={init_from}", init_from, data.tokenizer())
+        return model
+    model = GPT(GPTConfig(vocab_size=data.vocab_size, **network_settings(settings)))
+    if wte_from:
+        model.transformer.wte.weight.data.copy_(token_embeddings(wte_from, data, n_embd))
+    return model
+
+
+def report_evaluation(model, data, env):
+    """--eval_only: evaluates, prints."""
+    if quantize:
+        Int8Linear.kernel_rows = 10**9  # every product as decoding does it
+        prepare(model, quantize)
+    found = evaluate(model, data.val, env)
+    bpb = f", {found['val_bpb']:.4f} bits per byte" if "val_bpb" in found else ""
+    count = min(data.val.tokens - 1, eval_tokens or math.inf)  # the first is not predicted
+    name = f"{init_from} in {quantize}" if quantize else init_from
+    env.say(f"{name} on {dataset}, {count:,} tokens: loss {found['val_loss']:.4f}, perplexity "
+            f"{found['val_ppl']:.2f}{bpb}")
+    env.close()
+
+
+def main():
+    settings, env, out = begin(globals(), FROM_ONE)
+    check(settings)
+    settings["ranks"], say = env.world, env.say
     data = Data(dataset, verify)
     if data.val.tokens < 2:
         raise ValueError("the validation split has 1 token, it needs 2 to be evaluated")
-    tokenizer = data.tokenizer()
-    tokenizer_json = tokenizer.to_json()
-    accumulation = 1 if eval_only else micro_batches(total_batch_tokens, batch_size, block_size,
-                                                     env.world)
-    lr_scale(lr_schedule, warmup_steps, max_steps, warmup_steps)  # an unknown name ends here
-    if init_from == "resume" and not checkpoints(out):
-        raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start with --init_from=scratch")
+    path = checkpoint = None
     if not eval_only:
-        env.lock(out)
+        accumulation = micro_batches(total_batch_tokens, batch_size, block_size, env.world)
+        path, checkpoint = open_run(env, out, settings, ["dataset", "optimizer"], windows=int)
+    elif init_from in ("resume", "auto"):
+        path, checkpoint = newest_checkpoint(out, say, windows=int)
+        if checkpoint is None:
+            raise ValueError(f"there is no checkpoint in {out}; name a model with --init_from")
 
     # ---- the model: new, resumed or pretrained ----
-    path, checkpoint = None, None
-    if init_from in ("resume", "auto"):
-        path, checkpoint, faults = newest_checkpoint(out)
-        if faults:
-            say(f"{'; '.join(faults)}; going on from {path}")
-        elif path is None and (out / "metrics.jsonl").exists():
-            say(f"{out} was begun, but has no checkpoint yet: beginning anew")
     if checkpoint is not None:
-        same_settings(path, checkpoint, settings, FIXED)
-        if checkpoint["tokenizer"] != tokenizer_json:
-            raise ValueError(f"{path} was trained with another tokenizer than {dataset} has now; "
-                             "bring that back, or give another --out_dir")
-        if checkpoint.get("data", data.fingerprint()) != data.fingerprint():
-            raise ValueError(f"{path} was trained on other shards than {dataset} has now; prepare "
-                             f"them as they were, or give another --out_dir and --init_from={out}/best")
-        with fitting(path):
-            config = GPTConfig(**checkpoint["config"] | {"dropout": dropout})
-            size = 12 * config.n_layer * config.n_embd ** 2 + config.n_embd * config.vocab_size
-            if 4 * size > path.stat().st_size:
-                raise ValueError(f"a network of {size:,} parameters is not in it")
-            raw_model = GPT(config)
-            raw_model.load_state_dict(checkpoint["model"])
-    elif init_from in ("scratch", "auto"):
-        raw_model = GPT(GPTConfig(block_size, data.vocab_size, n_layer, n_head, n_embd, dropout,
-                                  bias, activation, tie_word_embeddings))
-        if wte_from:
-            raw_model.transformer.wte.weight.data.copy_(token_embeddings(wte_from, data, n_embd))
+        raw_model = resumed_model(path, checkpoint, settings, data)
     else:
-        raw_model = GPT.from_pretrained(init_from, revision, torch.float32, dropout=dropout,
-                                        block_size=None if eval_only else block_size)
-    config = raw_model.config
+        raw_model = first_model(settings, data)
+    config, tokenizer = raw_model.config, data.tokenizer()
     if config.vocab_size != data.vocab_size:
         raise ValueError(f"the model has a vocabulary of {config.vocab_size}, data set {dataset} "
-                         f"({tokenizer.name}) one of {data.vocab_size}; prepare it with the model's, "
-                         f"--tokenizer={init_from}")
-    if checkpoint is None and init_from not in ("scratch", "auto"):
-        same_tokenizer(f"init_from={init_from}", init_from, tokenizer)
-    raw_model.to(env.device)
+                         f"({tokenizer.name}) one of {data.vocab_size}; prepare it with the "
+                         f"model's, --tokenizer={init_from}")
+    env.place(raw_model)
     if eval_only:
-        if init_from == "auto" and checkpoint is None:
-            raise ValueError(f"there is no checkpoint in {out} to evaluate; name a model with --init_from")
-        if quantize:
-            Int8Linear.kernel_rows = 10**9  # every product as decoding does it
-            prepare(raw_model, quantize)
-        found = evaluate(raw_model, data.val, env)
-        name = init_from + (f" in {quantize}" if quantize else "")
-        bpb = f", {found['val_bpb']:.4f} bits a byte" if "val_bpb" in found else ""
-        count = min(data.val.tokens - 1, eval_tokens or math.inf)  # the first is not predicted
-        say(f"{name} on {dataset}, {count:,} tokens: loss {found['val_loss']:.4f}, "
-            f"perplexity {found['val_ppl']:.2f}{bpb}")
-        return env.close()
+        if checkpoint is not None:
+            raw_model.load_state_dict(checkpoint["model"])
+        return report_evaluation(raw_model, data, env)
 
-    update = build_optimizer(raw_model, optimizer, learning_rate, weight_decay, (beta1, beta2),
+    # ---- the run ----
+    betas = beta1, beta2
+    update = build_optimizer(raw_model, optimizer, learning_rate, weight_decay, betas,
                              adamw_learning_rate, momentum)
-    step, tokens, windows, elapsed, best_loss, skipped = 0, 0, 0, 0.0, math.inf, 0
+    schedule = partial(lr_scale, lr_schedule, max_steps=max_steps, warmup_steps=warmup_steps,
+                       min_scale=min_lr_scale, decay_fraction=decay_fraction)
+    run = Run(env, out, raw_model, update, settings, schedule, max_steps, eval_interval,
+              checkpoint, raw_model.flops_per_token(block_size))
+    windows = 0  # of training text that have been read
+    if env.sum(run.step)[0] != run.step * env.world:
+        raise ValueError(f"the ranks found different checkpoints in {out}: it must be a folder "
+                         "that all nodes share")
     if checkpoint is not None:
-        with fitting(path):
-            restore(checkpoint, update, env.scaler)
-        step, tokens, windows, elapsed, best_loss, skipped = (checkpoint[key] for key in (
-            "step", "tokens", "windows", "elapsed_s", "best_loss", "skipped"))
-    if env.sum(step)[0] != step * env.world:
-        raise ValueError(f"the ranks found different checkpoints in {out}: it must be a folder that "
-                         "all nodes share")
-    if checkpoint is not None:
-        if step >= max_steps:
-            say(f"{out} is finished: {step} of {max_steps} steps, best validation loss "
-                f"{best_loss:.4f}. Give more --max_steps to go on, or see it with: "
+        windows = checkpoint["windows"]
+        if run.step >= max_steps:
+            say(f"{out} is finished: {run.step} of {max_steps} steps, best validation loss "
+                f"{run.best[0]:.4f}. Give more --max_steps to go on, or see it with: "
                 f"python sample.py --init_from={out}")
             return env.close()
-        say(f"resuming {out} at step {step}")
-        was = checkpoint["settings"]
-        changed = [f"{name} {was[name]!r:.80} -> {value!r}" for name, value in settings.items()
-                   if name in was and was[name] != value
-                   and name not in ("out_dir", "init_from", "verify")]
-        if changed:
-            say(f"changed since then: {', '.join(changed)}")
     del checkpoint
 
     # ---- batches ----
     order = WindowOrder(data.train.tokens, block_size, seed)
     per_update = accumulation * env.world * batch_size * block_size
+    fetcher = ThreadPoolExecutor(1)
 
     def batch(first):
         """The ids (B, T + 1) of the micro-batch that starts after `first` windows."""
         ids = torch.from_numpy(data.train.rows(order(first, batch_size), block_size + 1))
         return ids.pin_memory() if env.type == "cuda" else ids
 
+    def fetch(first, number):  # the next micro-batch, while this one is computed
+        return fetcher.submit(batch, first + number * batch_size)
+
     def placed(ids):
-        """x, y (B, T) on the device. Other devices read memory that is not pinned when it is gone."""
+        """x, y (B, T) on the device."""
         ids = ids.to(env.device, non_blocking=env.type == "cuda")
         return ids[:, :-1], ids[:, 1:]
 
@@ -311,121 +309,40 @@ def main():
         model = compiled(raw_model, *placed(batch(0)), env)
     model = env.parallel(model)
 
-    # ---- what is kept of the run ----
-    if env.rank == 0:
-        if path is None:
-            set_aside(out)
-        else:
-            for damaged in checkpoints(out)[:len(faults)]:
-                os.replace(damaged, f"{damaged}.damaged")
-        metrics = Metrics(out, step or -1)
-        if wandb_project:
-            import wandb
-            wandb.init(project=wandb_project, name=out.name, config=settings)
-
-    def evaluate_and_keep(row):
-        """Evaluates, keeps the best model, prints a sample; the measures go into the row."""
-        nonlocal best_loss
-        row |= evaluate(raw_model, data.val, env)
-        better = row["val_loss"] < best_loss
-        best_loss = min(best_loss, row["val_loss"])
-        if env.rank == 0:
-            if better:
-                save_best(out, raw_model, tokenizer)
-            bpb = f", {row['val_bpb']:.4f} bits a byte" if "val_bpb" in row else ""
-            print(f"step {step}: validation loss {row['val_loss']:.4f}, perplexity "
-                  f"{row['val_ppl']:.2f}{bpb}" + " (best so far)" * better)
-            if sample_tokens:
-                print(f"--- a sample\n{sample_text(raw_model, tokenizer, sample_tokens)}\n---")
-
-    def where(number):
-        first = windows - (step - number + 1) * per_update // block_size
-        return (f"; it is of windows {first:,} to {first + per_update // block_size - 1:,} of the "
-                "order")
-
-    saved_at, saves = step if path == out / "ckpt.pt" else None, []  # the step; seconds of each
-    stop, skips = StopSignal(), Skips(env, max_skipped, skipped)
-    fetcher = ThreadPoolExecutor(1)
-
-    def fetch(windows, micro):  # the next batch, while this one is computed
-        return fetcher.submit(batch, windows + (micro * env.world + env.rank) * batch_size)
-
     # ---- the loop ----
-    coming, norms = fetch(windows, 0), []
-    gc.collect()
-    gc.freeze()  # else every full collection looks at all of torch, for milliseconds
-    clock, counted = time.perf_counter(), step
-    while step < max_steps:
-        scale = lr_scale(lr_schedule, step, max_steps, warmup_steps, min_lr_scale, decay_fraction)
-        for group in update.param_groups:
-            group["lr"] = group["peak"] * scale
-        loss_sum = torch.zeros((), device=env.device)
-        for micro in range(accumulation):
-            number = micro * env.world + env.rank  # of this micro-batch in the whole job's step
-            torch.manual_seed(micro_batch_seed(seed, step, number))
+    coming, found = fetch(windows, env.rank), {}
+    for _ in run.steps():
+        first, windows = windows, windows + per_update // block_size
+        for number in run.micro_batches(model, accumulation):
             x, y = placed(coming.result())
-            last = micro == accumulation - 1
-            coming = fetch(windows + last * per_update // block_size, 0 if last else micro + 1)
-            with nullcontext() if last or env.world == 1 else model.no_sync():
-                with env.autocast():
-                    loss = model(x, y)[1] / accumulation
-                env.scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        norms.append(env.update(update, raw_model.parameters(), grad_clip))
-        step, tokens, windows = step + 1, tokens + per_update, windows + per_update // block_size
+            following = number + env.world
+            last = following >= accumulation * env.world
+            coming = fetch(windows, env.rank) if last else fetch(first, following)
+            with env.autocast():
+                loss = model(x, y)[1]
+            run.backward(loss * y.numel(), per_update)
+        run.update(per_update, source=f"; it is of windows {first:,} to {windows - 1:,}")
 
-        last = step == max_steps
-        seen = last or step % eval_interval == 0
-        shown = seen or step % log_interval == 0
-        stopping = env.any(stop.received, shown)
-        if not (shown or stopping):
-            continue
-        loss, norm = env.sum(loss_sum.item())[0] / env.world, norms[-1].item()
-        skips.see(norms, step, say, where, "lower --learning_rate" + (
-            f" and go on from {out / 'ckpt.pt'} with --init_from=resume" if saved_at else ""))
-        norms, skipped = [], skips.total
-        now = time.perf_counter()
-        elapsed, rate = elapsed + now - clock, (step - counted) / (now - clock)
-        peak = env.peak_flops()
-        mfu = peak and rate * per_update * raw_model.flops_per_token(block_size) / (peak * env.world)
-        row = {"step": step, "tokens": tokens, "train_loss": loss,
-               "lr": learning_rate * scale, "grad_norm": norm, "skipped": skipped or None,
-               "tokens_per_s": rate * per_update, "mfu": mfu, "elapsed_s": elapsed}
-        say(f"step {step:5}/{max_steps}  loss {loss:.4f}  lr {learning_rate * scale:.2e}  "
-            f"norm {norm:.2f}  {rate * per_update:,.0f} tok/s"
-            + (f"  mfu {mfu:.1%}" if mfu else "") + f"  left {duration((max_steps - step) / rate)}")
-        if seen:
-            evaluate_and_keep(row)
-        if shown and env.rank == 0:  # else this stop would leave a row of its own
-            metrics.log(**row)
-            if wandb_project:
-                wandb.log(row, step=step)
-        if env.rank == 0 and (seen or stopping):
-            begun = time.perf_counter()
-            metrics.sync()
-            save_checkpoint(out / "ckpt.pt", {
-                "model": raw_model.state_dict(), "optimizer": update.state_dict(),
-                "scaler": env.scaler.state_dict(), "step": step, "tokens": tokens,
-                "windows": windows, "elapsed_s": elapsed, "best_loss": best_loss, "skipped": skipped,
-                "config": vars(config), "settings": settings, "tokenizer": tokenizer_json,
-                "data": data.fingerprint(), "command": command_line()}, keep_checkpoints, saved_at)
-            saved_at = step
-            saves.append(time.perf_counter() - begun)
-            metrics.plot()
-        if stopping and not last:
-            command = command_line(init_from="resume") if env.world == 1 else \
-                "the same torchrun line and --init_from=resume"
-            say(f"stopped by {stop.received or 'a signal'} at step {step}; go on with: {command}")
-            return env.close()
-        clock, counted = time.perf_counter(), step  # evaluating and saving is not training
-    if env.rank == 0:
-        print(f"{metrics.sketch()}\ndone: {step:,} steps, {tokens:,} tokens, {duration(elapsed)} of "
-              f"training, best validation loss {best_loss:.4f}\n{len(saves)} checkpoints, "
-              f"{sum(saves) / len(saves):.2f} s each; loss curve: {out / 'loss.png'}; text: "
-              f"python sample.py --init_from={out} --start \"…\"")
+        # once in a while: evaluate, keep the best model
+        found = {}
+        if run.evaluates:
+            found = evaluate(raw_model, data.val, env)
+            if run.is_best(found["val_loss"]) and env.rank == 0:
+                save_best(run.folder, raw_model, tokenizer)
+        run.log(**found)
+        if run.evaluates and sample_tokens and env.rank == 0:
+            print(f"--- a sample\n{sample_text(raw_model, tokenizer, sample_tokens)}\n---")
+        if run.saves:
+            run.save(model=raw_model.state_dict(), windows=windows, config=vars(config),
+                     tokenizer=tokenizer.to_json(), data=data.fingerprint(), command=command_line())
+
+    if env.rank == 0 and not run.stopped:
+        print(f"{run.metrics.sketch()}\ndone: {run.step:,} steps, {run.tokens:,} tokens, "
+              f"{duration(run.elapsed)} of training, best validation loss {run.best[0]:.4f}\n"
+              f"loss curve: {out / 'loss.png'}; text: python sample.py --init_from={out}")
     env.sum(0)  # rank 0 may still be writing
     env.close()
 
 
 if __name__ == "__main__":
-    run(main, globals())
+    run_script(main, globals())

@@ -3,8 +3,8 @@
     python finetune_cls.py config/finetune_cfimdb.py --data_dir=FOLDER  # CS224n's files
     python finetune_cls.py config/finetune_cfimdb.py --data_dir=FOLDER --mode=last_layer --epochs=10
 
-The body: python train.py config/pretrain_imdb.py. It may have read the text of some of the dev
-reviews, which are in IMDB's training set too, but no label of them.
+The base model: python train.py config/pretrain_imdb.py. The text of some of the dev
+reviews, which are also in IMDB's training set, may be in its data, but none of their labels.
 """
 
 out_dir = "out/finetune_cfimdb"
@@ -19,7 +19,7 @@ lowercase = True
 prompt = "{text} overall , this movie is"
 verbalizers = [" bad", " good"]
 
-keep = "tail"  # of the few reviews longer than the context: where they conclude
+keep = "tail"  # the end of the few reviews longer than the context, where they conclude
 epochs = 6
 batch_size = 16
 learning_rate = 6e-4

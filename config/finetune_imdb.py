@@ -4,9 +4,9 @@
     python finetune_cls.py config/finetune_imdb.py                      # from the hub
     python finetune_cls.py config/finetune_imdb.py --data_dir=FOLDER --mode=last_layer --epochs=10
 
-The body: python train.py config/pretrain_imdb.py. A tenth of the training set serves as dev.
-FOLDER has train.jsonl.xz and test_10k.jsonl.xz (10,000 of the 25,000 test reviews; another file:
---test_file), one {"text": ..., "label": 0 or 1} a line.
+The base model: python train.py config/pretrain_imdb.py. A tenth of the training set serves as
+the dev set. FOLDER has train.jsonl.xz and test_10k.jsonl.xz (10,000 of the 25,000 test
+reviews; another file: --test_file), one {"text": ..., "label": 0 or 1} per line.
 """
 
 out_dir = "out/finetune_imdb"

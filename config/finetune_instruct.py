@@ -1,4 +1,4 @@
-"""The model in weights/, taught to follow instructions: two minutes of one core.
+"""Fine-tunes the model in weights/ to follow instructions: two minutes on one core.
 
     python finetune_instruct.py config/finetune_instruct.py --data=instruction-data.json
     python finetune_instruct.py config/finetune_instruct.py --data=instruction-data.json \\
@@ -7,8 +7,9 @@
     python sample.py --init_from=out/finetune_instruct --instruct "Convert 2 kilometers to meters."
 
 instruction-data.json: the 1,100 Alpaca-style records of S. Raschka's "Build a Large Language Model
-(From Scratch)", in its repository rasbt/LLMs-from-scratch. A body of children's stories has hardly
-seen most of their words; full training moves its embeddings too, adapters cannot: see README.
+(From Scratch)", in its repository rasbt/LLMs-from-scratch. Most of their words are rare in the
+children's stories of the base model: full fine-tuning trains the embeddings, too, which adapters
+do not; see README for the difference.
 """
 
 out_dir = "out/finetune_instruct"

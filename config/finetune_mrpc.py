@@ -1,10 +1,10 @@
-"""Do two sentences of the news say the same? (Microsoft Research Paraphrase Corpus)
+"""Do two sentences from the news mean the same? (Microsoft Research Paraphrase Corpus)
 
     python finetune_cls.py config/finetune_mrpc.py --data_dir=FOLDER    # msr_paraphrase_*.txt
     python finetune_cls.py config/finetune_mrpc.py                      # from the hub
 
-The body: python train.py config/pretrain_imdb.py. Of the local files a tenth of the training set
-serves as dev; the hub has a dev set of its own.
+The base model: python train.py config/pretrain_imdb.py. A tenth of the local training file serves
+as the dev set; the hub has a dev set of its own.
 """
 
 out_dir = "out/finetune_mrpc"

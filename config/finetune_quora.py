@@ -4,7 +4,7 @@
     python finetune_cls.py config/finetune_quora.py --data_dir=FOLDER --style=cloze --epochs=0
     python finetune_cls.py config/finetune_quora.py                     # from the hub
 
-The body: python train.py config/pretrain_imdb.py.
+The base model: python train.py config/pretrain_imdb.py.
 """
 
 out_dir = "out/finetune_quora"

@@ -1,11 +1,11 @@
-"""Sentiment of movie reviews' sentences in 5 classes, very negative to very positive (SST).
+"""Sentiment of sentences from movie reviews in 5 classes, very negative to very positive (SST).
 
     python finetune_cls.py config/finetune_sst.py --data_dir=FOLDER     # CS224n's files
     python finetune_cls.py config/finetune_sst.py --data_dir=FOLDER --mode=last_layer \\
         --epochs=10
     python finetune_cls.py config/finetune_sst.py                       # from the hub
 
-The body: python train.py config/pretrain_imdb.py.
+The base model: python train.py config/pretrain_imdb.py.
 """
 
 out_dir = "out/finetune_sst"

@@ -1,6 +1,6 @@
-"""Shakespeare's sonnets finished by a small GPT-2 of his plays: under 90 seconds of one core.
+"""Shakespeare's sonnets, completed by a small GPT-2 trained on his plays: 90 seconds on one core.
 
-    python train.py config/pretrain_plays.py        # the body: out/pretrain_plays, see there
+    python train.py config/pretrain_plays.py    # the base model, out/pretrain_plays: see there
     python sonnet.py config/sonnet.py --data_dir=FOLDER
     python sonnet.py config/sonnet.py --data_dir=FOLDER --init_from=scratch --out_dir=out/scratch
 

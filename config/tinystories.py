@@ -1,8 +1,8 @@
 """GPT-2 124M on TinyStories, the published recipe: 3,000 steps of 524,288 tokens, 3.3 epochs.
 
-Data: python prepare_tinystories.py (474 M GPT-2 tokens). Published with this recipe: validation loss
-1.24 after 3 h 45 on one A100. Compute: 1.6 G tokens x 0.86 GFLOP = 1.35 EFLOP, which is 41 minutes
-at 55 % of an H200's 989 TFLOP/s. This tree has not run it to the end.
+Data: python prepare_tinystories.py (474 million GPT-2 tokens). Published for this recipe: a
+validation loss of 1.24 nats per token after 3 h 45 min on one A100. It needs 1.6 billion tokens x
+0.86 GFLOP = 1.35 EFLOP, 41 minutes at 55 % of an H200's 989 TFLOP/s. We have not run it to the end.
 """
 
 out_dir = "out/tinystories"

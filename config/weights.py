@@ -1,6 +1,8 @@
-"""The folder weights/ from the run of config/tinystories_box.py: python convert.py config/weights.py
+"""The folder weights/, converted from the run of config/tinystories_box.py:
 
-Evaluate it, write what that says into `notes`, and run this again.
+    python convert.py config/weights.py
+
+Afterwards evaluate it, write the figures into `notes`, and convert once more.
 """
 
 input = "out/tinystories_box"
@@ -8,8 +10,8 @@ out = "weights"
 dtype = "float16"
 licence = "cdla-sharing-1.0"
 notes = """\
-Validation: loss 1.9584, perplexity 7.09, 0.7131 bits a byte, on all 1,399,746 tokens of 7,002 validation stories
-Training: 2,400 steps, 9,830,400 tokens, 42 minutes of one core (AMD Zen 4) in bfloat16
+Validation: loss 1.9584, perplexity 7.09, 0.7131 bits per byte, on all 1,399,746 tokens of 7,002 validation stories
+Training: 2,400 steps, 9,830,400 tokens, 42 minutes on one core (AMD Zen 4) in bfloat16
 Command: `python train.py config/tinystories_box.py --dtype=bfloat16`
 Data: 19,837 stories of TinyStories (Eldan and Li 2023, roneneldan/TinyStories), CDLA-Sharing-1.0; \
 evaluated on 7,002 of its validation stories

@@ -1,16 +1,14 @@
 """The benchmark's parts that run in seconds; its figures are not tests."""
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from test_train import script
 
 import bench
-from common import save_best
+from checkpoint import save_best
 from configurator import configure, find_settings
 from model import GPT, GPTConfig
 from tokenizer import open_tokenizer
@@ -21,15 +19,16 @@ DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(bench)
 
 def run_bench(*argv):
     vars(bench).update(DEFAULTS)
-    bench.main(*configure(vars(bench), list(argv), bench.COMMANDS, True))
+    bench.main(*configure(vars(bench), list(argv), (*bench.COMMANDS, *bench.PARTS), True))
 
 
-def test_a_measured_step():
-    text = script(HERE / "bench.py", "step", "ours", "float32", "--batch_size=1", "--block_size=8",
-                  "--steps=2", "--device=cpu")
-    found = json.loads(text.splitlines()[0])
-    assert [len(step) for step in found["parts"]] == [4, 4] and min(map(min, found["parts"])) > 0
-    assert found["peak"] > 2  # GB: weights, gradients and two moments of 124 M parameters
+@pytest.mark.parametrize("who", ["ours", "transformers"])
+def test_measured_steps(who, monkeypatch, capfd):
+    monkeypatch.setitem(bench.PRESETS, "gpt2", GPTConfig(16, 50257, 1, 2, 16))
+    run_bench("step", who, "float32", "--batch_size=1", "--block_size=8", "--steps=2",
+              "--device=cpu")
+    steps = json.loads(capfd.readouterr().out)
+    assert [len(step) for step in steps] == [4, 4] and min(map(min, steps)) > 0
 
 
 def test_instructions_beside_peft(tmp_path):
@@ -43,14 +42,16 @@ def test_instructions_beside_peft(tmp_path):
     assert min(map(float, ours[1:] + theirs[1:])) > 0 and theirs[3] == "1.00"
 
 
-def test_on_a_gpu(monkeypatch, capsys):
-    """What its defaults and clock do where there is no CPU: int8 left out, the device waited for."""
-    vars(bench).update(DEFAULTS)
-    monkeypatch.setitem(bench.PRESETS, "gpt2", GPTConfig(16, 64, 1, 2, 16))
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    found = bench.decoders(SimpleNamespace(type="cuda", device="cpu"))
-    assert list(found) == ["ours float32", "ours bfloat16", "ours, unprepared"]
-    assert "int8 weights are for CPUs" in capsys.readouterr().out
+def test_decoding(monkeypatch, capsys):
+    monkeypatch.setitem(bench.PRESETS, "gpt2", GPTConfig(1024, 50257, 1, 2, 16))
+    run_bench("decode", "--device=cpu", "--new=3", "--batch", "1", "2", "--repeats=1", "--prompt=4")
+    rows = [line.split("4+3")[1] for line in capsys.readouterr().out.splitlines() if "4+3" in line]
+    names = ["ours float32", "ours bfloat16", "ours int8", "ours, unprepared", "transformers"]
+    assert [row[:19].strip() for row in rows] == names * 2
+    assert rows[4].split()[-1] == "1.00" and all(float(row.split()[-3]) > 0 for row in rows)
+
+
+def test_the_clock_waits_for_a_gpu(monkeypatch):
     for kind in (torch.cuda, torch.mps):
         waited = []
         monkeypatch.setattr(kind, "is_available", lambda: True)
@@ -61,13 +62,12 @@ def test_on_a_gpu(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("argv", "word"), [
-    (["race"], "--peer=FOLDER"), (["race", "--peer=.", "--dataset=no/data"], "is missing"),
+    (["race"], "--peer=FOLDER"), (["race", f"--peer={HERE}", "--dataset=no/data"], "no prepared"),
     (["train", "--kinds", "int8"], "float32, bfloat16 or float16"),
     (["train", "--peer=no/where"], "no model.py"), (["train", "--steps=0"], "steps"),
-    (["train", "--preset=gpt3"], "gpt2-xl"), (["train", "--block_size=2000"], "1024"),
-    (["decode", "--new", "2000"], "1 … 1008"), (["decode", "--kinds", "int4"], "int4"),
-    (["instruct"], "--data=FILE"), (["instruct", "--data=no/file"], "no/file is none"),
-    (["step", "ours"], "bench.py train"), (["growth", "extra"], "unexpected")])
+    (["train", "--preset=gpt3"], "gpt2-xl"), (["decode", "--new", "2000"], "1 … 1008"),
+    (["decode", "--kinds", "int4"], "int4"), (["instruct"], "--data=FILE"),
+    (["load", "extra"], "unexpected")])
 def test_mistakes_are_one_line(argv, word):
     with pytest.raises(ValueError, match=word) as e:
         run_bench(*argv, "--device=cpu")

@@ -268,6 +268,13 @@ def test_config(tmp_path, monkeypatch, conf):
     assert conf("config/small.py")[0]["steps"] == 8
 
 
+def test_recipes_find_what_they_share_beside_another_config(tmp_path):
+    (tmp_path / "config.py").write_text("")
+    subprocess.run([sys.executable, "-c", "import config.muon_cpu"], check=True, timeout=60,
+                   cwd=Path(configurator.__file__).parent,
+                   env={**os.environ, "PYTHONPATH": str(tmp_path)})
+
+
 def test_words(conf):
     two = {"commands": ("train", "show")}
     assert conf("--flag", "config/small.py", "show", **two)[1] == ["show"]
@@ -329,8 +336,8 @@ def test_run(folder):
     ("import", 2, "error: No module named 'no_such_module'\n"),
     ("library", 1, "Traceback"),  # a ValueError too, but json's
     ("runtime", 1, "Traceback"),
-    ("memory", 2, "error: the GPU has no room for this (Tried to allocate 2.50 GiB); ask for less at once\n"),
-    ("allocator", 2, "error: the machine has no room for this (tried to allocate 9 B); ask for less at once\n"),
+    ("memory", 2, "error: out of memory (it tried to allocate 2.50 GiB); ask for less at once\n"),
+    ("allocator", 2, "error: out of memory (it tried to allocate 9 B); ask for less at once\n"),
     ("interrupt", 130, "interrupted\n"),
 ])
 def test_run_errors(folder, word, status, start):

@@ -1,9 +1,9 @@
 """Exports that transformers loads, nanoGPT's checkpoints, hub names from a local cache."""
 
-import json
 import os
 import pickle
-import shutil
+import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ import torch
 
 import convert
 import train
-from common import command_line, load_model
-from configurator import configure, find_settings
+from checkpoint import load_model
+from configurator import command_line, configure, find_settings
 from data import Data, write_data
-from files import load_torch
+from hf import load_torch
 from lora import add_lora, merge, save_adapter, unmerge
-from model import GPT, GPTConfig
+from model import GPT, MLP, GPTConfig
 from test_model import ids, tiny, tiny_hf
 from tokenizer import char_tokenizer, open_tokenizer
 
@@ -49,7 +49,7 @@ def test_export_of_a_run_loads_in_transformers(tmp_path):
     assert x[0].tolist() == ours.encode("the cat\n").tolist()
     assert (hf(x).logits - model(x)[0]).abs().max() < 1e-5
     card = (tmp_path / "export" / "README.md").read_text()
-    assert "license: mit" in card and "2 steps, 64 tokens" in card and "bits a byte" in card
+    assert "license: mit" in card and "2 steps, 64 tokens" in card and "bits per byte" in card
     assert "- **Data**: cats, CC0\n" in card and "- **Use**: none: a test\n" in card
     assert f"--eval_only --init_from={tmp_path}/export --dataset={tmp_path}/c`" in card
     assert "first" not in card and "rounded" not in card
@@ -74,7 +74,7 @@ def test_weights_of_a_run_on_part_of_the_validation_split(tmp_path):
     size = (tmp_path / "weights" / "model.safetensors").stat().st_size
     assert 0 < size - 2 * model.num_params() < 4000
     card = (tmp_path / "weights" / "README.md").read_text()
-    assert "loss 1.5000, perplexity 4.482; on the first 3,000 tokens; before rounding to float16" in card
+    assert "loss 1.5000, perplexity 4.482, on the first 3,000 tokens, before rounding to" in card
     with open(run / "metrics.jsonl", "a") as f:
         f.write('{"step": 12, "val_loss": 2.5, "val_ppl": 12.1825}\n')
     state = {"step": 12, "model": model.state_dict(), "config": vars(model.config)}
@@ -90,6 +90,43 @@ def test_weights_of_a_run_on_part_of_the_validation_split(tmp_path):
     x, half = ids(), load_model(tmp_path / "weights", dtype=torch.float32)[0]
     assert (hf(x).logits - half(x)[0]).abs().max() < 1e-4
     assert 0 < (half(x)[0] - model(x)[0]).abs().max() < 0.1
+
+
+def test_exports_are_checked(tmp_path, monkeypatch, capsys):
+    """What transformers would compute otherwise is refused, and nothing in --out is touched."""
+    tiny(vocab_size=256).save_pretrained(tmp_path / "m")
+    open_tokenizer("bytes").save(tmp_path / "m")
+    argv = f"--input={tmp_path}/m", f"--out={tmp_path}/export/m"
+    run_convert(*argv)
+    assert "\nchecked: transformers computes the same (largest" in capsys.readouterr().out
+    before = {file: file.read_bytes() for file in (tmp_path / "export").rglob("*.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(MLP, "forward", lambda self, x: self.c_proj(self.c_fc(x).relu()))
+        with pytest.raises(ValueError, match=r"^transformers would compute .*difference \d"):
+            run_convert(*argv)
+        patch.setitem(sys.modules, "transformers", None)
+        run_convert(*argv[:1], f"--out={tmp_path}/other")
+        assert "not checked: transformers is not installed" in capsys.readouterr().out
+    assert before == {file: file.read_bytes() for file in (tmp_path / "export").rglob("*.*")}
+    (tmp_path / "export/m/best").mkdir()
+    with pytest.raises(ValueError, match="holds best, which would be loaded"):
+        run_convert(*argv)
+
+
+def test_a_network_that_transformers_lacks_says_so(tmp_path, monkeypatch, capsys):
+    @dataclass
+    class Config(GPTConfig):
+        window: int = 0
+
+    monkeypatch.setattr("model.GPTConfig", Config)
+    GPT(Config(40, 256, 1, 2, 8, window=5)).save_pretrained(tmp_path / "m")
+    open_tokenizer("bytes").save(tmp_path / "m")
+    run_convert(f"--input={tmp_path}/m", f"--out={tmp_path}/export")
+    assert "only the scripts here load a network with {'window': 5}" in capsys.readouterr().out
+    card = (tmp_path / "export/README.md").read_text()
+    assert "library_name: taleGPT" in card and "pipeline(" not in card and "'window': 5" in card
+    with pytest.raises(ValueError, match="talegpt"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
 
 
 def test_export_with_gpt2_tokens_stops_at_end_of_text(tmp_path):
@@ -122,14 +159,20 @@ def test_nanogpt_checkpoint(tmp_path, bias):
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 40, 40).tril()
     args = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 40, "bias": bias,
             "vocab_size": 50304, "dropout": 0.0}
-    torch.save({"model": state, "optimizer": {}, "model_args": args, "iter_num": 5,
-                "best_val_loss": torch.tensor(1.5), "config": {"dataset": "x"}}, tmp_path / "ckpt.pt")
+    saved = {"model": state, "optimizer": {}, "model_args": args, "iter_num": 5,
+             "best_val_loss": torch.tensor(1.5), "config": {"dataset": "x"}}
+    torch.save(saved, tmp_path / "ckpt.pt")
     run_convert(f"--input={tmp_path}/ckpt.pt", f"--out={tmp_path}/out")
     model, x = GPT.from_pretrained(tmp_path / "out"), ids()
     assert model.config.activation == "gelu" and model.config.vocab_size == 50257
     assert (model(x)[0] - hf(x).logits).abs().max() < 1e-10
     back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     assert (back(x).logits - hf(x).logits).abs().max() < 1e-10
+    state["_orig_mod.lm_head.weight"] = 2 * padded  # of a fork that does not tie it
+    torch.save(saved, tmp_path / "ckpt.pt")
+    run_convert(f"--input={tmp_path}/ckpt.pt", f"--out={tmp_path}/out")
+    untied = GPT.from_pretrained(tmp_path / "out")
+    assert (untied(x)[0] - 2 * hf(x).logits).abs().max() < 1e-10
 
 
 def test_nanogpt_characters(tmp_path):
@@ -202,7 +245,7 @@ def test_fresh_network_with_pretrained_token_embeddings(tmp_path):
     tiny(vocab_size=tok.vocab_size).float().save_pretrained(tmp_path / "m")
     argv = [f"--dataset={tmp_path}/c", f"--out_dir={tmp_path}/run", "--n_layer=1", "--n_head=2",
             "--n_embd=32", "--block_size=16", "--batch_size=2", "--max_steps=1", "--device=cpu",
-            f"--wte_from={tmp_path}/m", "--learning_rate=0", "--sample_tokens=0"]
+            f"--wte_from={tmp_path}/m", "--learning_rate=0", "--sample_tokens=0", "--overwrite"]
     vars(train).update(TRAIN_DEFAULTS)
     configure(vars(train), argv)
     train.main()
@@ -237,15 +280,3 @@ def test_command_line(monkeypatch):
                                      "--init-from=y", "--eval_only"])
     assert command_line(init_from="resume") == (
         "python train.py config/x.py --seed=2 --eval_only --init_from=resume")
-
-
-def test_an_older_best_model_is_not_mixed_with_a_new_tokenizer(tmp_path):
-    """A run folder that once held another vocabulary: load_model says both sizes."""
-    tiny().save_pretrained(tmp_path / "best")
-    open_tokenizer("bytes").save(tmp_path / "best")
-    with pytest.raises(ValueError, match="256 ids, the model .* has 97"):
-        load_model(tmp_path)
-    shutil.rmtree(tmp_path / "best")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="llama"):
-        load_model(tmp_path)

@@ -4,18 +4,17 @@ import gzip
 import hashlib
 import json
 import lzma
-import math
 import os
+import resource
 import shutil
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import data
-from data import Data, Split, WindowOrder, find_files, read_documents, write_data
+from data import Data, Split, WindowOrder, write_data
 from files import replacing
+from text import find_files, read_documents
 from tokenizer import char_tokenizer, open_tokenizer
 
 STORIES = [f"Story {i} of a cat that sat{' on the mat' * (i % 7)}.\nThe end … é 😀" for i in range(90)]
@@ -103,19 +102,19 @@ def test_an_interrupted_prepare_leaves_the_old_data(tmp_path):
     assert not list(Data(name).folder.glob("*.part"))
 
 
-def test_a_full_disk_leaves_the_old_data_and_what_is_not_its_own(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_data_and_what_is_not_its_own(tmp_path):
     name = write(tmp_path)
     tokens, folder = Data(name).train.tokens, Data(name).folder
     for own in ("notes.tmp", "x.part"):
         (folder / own).write_text("mine")
-    for file in ("tokenizer.json.part", "meta.json.part"):
-        def full(path, text, file=file):
-            if Path(path).name == file:
-                raise OSError(28, "No space left on device", str(path))
-            Path(path).write_text(text)
-        with monkeypatch.context() as m, pytest.raises(OSError, match="No space"):
-            m.setattr(data, "write_text", full)
-            write(tmp_path, train=STORIES[:1], val=STORIES)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for shard_tokens, file in ((1000, "tokenizer.json"), (10**6, "val_00000.bin")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=f"too large.*{file}|{file}.*too large"):
+                write(tmp_path, "bytes", shard_tokens, train=STORIES[:1], val=STORIES)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert Data(name, verify=True).train.tokens == tokens
         assert [f.name for f in folder.glob("*.part")] == ["x.part"]
     write(tmp_path, train=STORIES[:1], val=STORIES)
@@ -170,7 +169,7 @@ def test_damaged_shards_are_named(tmp_path):
         file = folder / "train_00001.bin"
         file.write_bytes(file.read_bytes()[:-1])
 
-    with pytest.raises(ValueError, match=r"train_00001\.bin has 999 bytes, meta\.json says 1,000"):
+    with pytest.raises(ValueError, match=r"train_00001\.bin has 999 bytes, meta\.json says 1,000.*run again: "):
         Data(damage(tmp_path, cut))
 
     def flip(folder):
@@ -187,19 +186,18 @@ def test_damaged_shards_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"dtype": "float64"}, {"vocab_size": -1}, {"vocab_size": 10**30}, {"vocab_size": "many"},
-    {"vocab_size": "256"}, {"vocab_size": 256.0}, {"vocab_size": math.inf}, {"eos_id": "255"},
-    {"dtype": ["uint8"]}, {"sha256": "0"}, {"eos_id": 999}, {"splits": {}}, {"splits": {"train": 3, "val": 4}}, {"splits": None},
+    {"dtype": "float64"}, {"vocab_size": -1}, {"vocab_size": 10**30}, {"vocab_size": "256"},
+    {"sha256": "0"}, {"eos_id": 999}, {"splits": {}}, {"splits": {"train": 3, "val": 4}},
     {"splits": {"train": {"bytes": 1, "shards": []}, "val": {"bytes": 1, "shards": []}}}])
-def test_hostile_meta(tmp_path, change):
+def test_a_wrong_meta(tmp_path, change):
     def apply(folder):
         meta = json.loads((folder / "meta.json").read_text()) | change
         if "sha256" not in change:
             del meta["sha256"]
         (folder / "meta.json").write_text(json.dumps(meta))
 
-    with pytest.raises(ValueError, match=r"meta\.json is damaged") as e:
-        Data(damage(tmp_path, apply))
+    with pytest.raises(ValueError, match=r"set.* run again: python prepare_text\.py") as e:
+        Data(damage(tmp_path, apply)).tokenizer()
     assert "\n" not in str(e.value)
 
 
@@ -266,7 +264,7 @@ def test_documents_of_every_format(tmp_path):
     shutil.copy(tmp_path / "a.jsonl.gz", tmp_path / "B.JSONL.GZ")
     assert list(read_documents(tmp_path / "B.JSONL.GZ")) == STORIES
     pq.write_table(pa.table({"text": [*STORIES, None]}), tmp_path / "null.parquet")
-    with pytest.raises(ValueError, match=f"null.parquet, row {len(STORIES) + 1}: 'text' is NoneType"):
+    with pytest.raises(ValueError, match=f"null.parquet .* row {len(STORIES) + 1}: .*'NoneType'"):
         list(read_documents(tmp_path / "null.parquet"))
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(STORIES), encoding="utf-8")
     assert list(read_documents(tmp_path / "a.txt", "<|endoftext|>")) == STORIES
@@ -281,20 +279,21 @@ def test_documents_of_every_format(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "word"), [
-    ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"line 2: no field 'text' in \['body'\]"),
+    ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"line 2: .* field 'text', found {'body': 'str'}"),
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
-    ("a.jsonl", b'{"text": 3}\n', "'text' is int"), ("a.txt", b"caf\xe9", "not UTF-8 text: byte 0xe9"),
-    ("a.jsonl.gz", b"no gzip", "damaged"), ("a.jsonl.xz", b"no xz", "damaged"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:40] + b"\xff" * 40, "damaged"),
-    ("a.parquet", b"no parquet", "damaged"), ("a.tar.gz", b"", "archive"), ("A.ZIP", b"", "archive"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "byte 0xff .* in line 2"),
-    ("a.jsonl", b'{"text": "x\\ud800"}\n', r"line 1: U\+D800 at position 1"),
+    ("a.jsonl", b'{"text": 3}\n', "found {'text': 'int'}"), ("a.jsonl", b"3\n", "found int"), ("a.txt", b"caf\xe9", "not UTF-8 text: byte 0xe9 in line 1"),
+    ("a.jsonl.gz", b"no gzip", "cannot read"), ("a.jsonl.xz", b"no xz", "cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:40] + b"\xff" * 40, "cannot be read"),
+    ("a.parquet", b"no parquet", "cannot be read"), ("a.tar.gz", b"", "archive"), ("A.ZIP", b"", "archive"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "line 2: .* byte 0xff"),
+    ("a.jsonl", b'{"text": "x\\ud800"}\n', r"line 1: .*ud800' in position 1"),
     ("a.jsonl", b"[" * 99999, "line 1: not JSON"),
     ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "line 1: not JSON")])
 def test_documents_that_cannot_be_read(tmp_path, name, content, word):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises((ValueError, OSError), match=word) as e:
         list(read_documents(tmp_path / name))
+    assert name in str(e.value)
     (tmp_path / "notes").mkdir()
     for pattern, told in (("*.nothing", "no file matches"), ("note*", "no file matches"),
                           ("notes", r"notes is a folder: give \S+/notes/\*"), ("notes/", "is a folder")):

@@ -33,12 +33,14 @@ import conftest  # noqa: F401 (it finds the scripts)
 import numpy as np
 import torch
 
-import common
+import checkpoint as saved
+import run as loop
 import train
 from configurator import configure, find_settings, run
-from data import Data, read_documents, write_data
-from files import load_torch
+from data import Data, write_data
+from hf import load_torch
 from model import GPT
+from text import read_documents
 from tokenizer import char_tokenizer, open_tokenizer
 
 kills = 60  # SIGKILLs at random moments, half of them aimed at a save
@@ -99,7 +101,7 @@ def start(out, *argv, plot=False, first=None, log=None) -> int:
 
     def child():
         if not plot:  # most of the time of a save, and written as all files are
-            common.Metrics.plot = lambda self: None
+            loop.Metrics.plot = lambda self: None
         sys.argv = ["train.py", *argv]
         if first:
             first()
@@ -162,7 +164,7 @@ def read_rows(out):
 def different(out, reference, atol=0.0) -> str | None:
     """Where a run is not the uninterrupted one: weights, optimizer, counts, metrics, best model."""
     try:
-        a, b = (common.read_checkpoint(Path(run) / "ckpt.pt") for run in (out, reference))
+        a, b = (saved.read_checkpoint(Path(run) / "ckpt.pt") for run in (out, reference))
         for key in ("step", "tokens", "windows", "best_loss", "skipped"):
             if a[key] != b[key] and not (atol and key == "best_loss"):
                 return f"{key} is {a[key]}, expected {b[key]}"
@@ -212,9 +214,9 @@ def kill(at: Path, data: str, whole: Path):
         steps.update(re.findall(r"^resuming .* at step (\d+)", said(out), re.MULTILINE))
         problem = None
         try:
-            common.newest_checkpoint(out)
+            saved.newest_checkpoint(out)
             if (out / "ckpt.pt").exists():
-                common.read_checkpoint(out / "ckpt.pt")
+                saved.read_checkpoint(out / "ckpt.pt")
         except ValueError as e:
             problem = str(e)
         if ended == 0 or number == kills - 1:  # it was through, or it is the last
@@ -236,15 +238,16 @@ def kill(at: Path, data: str, whole: Path):
         if status != -9:  # it has no more of them
             break
 
-    shutil.copytree(reference, old)
-    (old / "previous").mkdir()
-    for number in count(1):  # beginning anew over an old run
-        shutil.copytree(old, out)
-        status = end(fork(lambda: [strike(out, number), common.set_aside(out)], f"{out}.log"))  # noqa: B023
+    again = ["--max_steps=6", data, "--seed=7"]  # a new run over an old one
+    finish(old, *again)
+    for number in count(1):
+        shutil.copytree(reference, out)
+        status = end(start(out, *again, "--overwrite", first=lambda: strike(out, number)))  # noqa: B023
         if status == -9:
-            common.set_aside(out)
+            finish(out, *again, "--init_from=auto")  # which also finishes a replacement
         problem = None if status in (0, -9) else f"exit status {status}"
-        note("SIGKILL while an old run is set aside", problem or different(out / "previous", reference))
+        kept = problem or different(out, reference) and different(out, old)
+        note("SIGKILL while an old run is replaced", kept)
         shutil.rmtree(out)
         if status != -9:
             break
@@ -324,7 +327,7 @@ def disk(at: Path, data: str, whole: Path):
                 failed.update(re.findall(r"error: .*?/full/?([\w./]*)", said(out)))
             try:
                 if (out / "ckpt.pt").exists():
-                    common.read_checkpoint(out / "ckpt.pt")
+                    saved.read_checkpoint(out / "ckpt.pt")
             except ValueError as e:
                 problem = str(e)
             filler.unlink(missing_ok=True)
@@ -349,7 +352,7 @@ def disk(at: Path, data: str, whole: Path):
         wait_for(out, r"^step +\d*[2468]5/")
         with mounted(out, "ro"):
             note("read-only mount", one_line(end(pid), said(out), "ead-only"))
-    steps = common.newest_checkpoint(out)[1]["step"] + 3
+    steps = saved.newest_checkpoint(out)[1]["step"] + 3
     note("read-only mount", finish(out, *auto, f"--max_steps={steps}"))
     name = at / "unprepared"
     with mounted(name, "ro"):
@@ -400,13 +403,15 @@ def damage(at: Path, data: str, whole: Path):
     """Checkpoints and shards cut, or with bytes changed: detected, or the same content as before."""
     out = at / "damaged"
     shutil.copytree(whole, out)
-    older = common.checkpoints(out)[1]
-    right = [common.read_checkpoint(path) for path in (out / "ckpt.pt", older)]
+    older = saved.checkpoints(out)[1]
+    right = [saved.read_checkpoint(path) for path in (out / "ckpt.pt", older)]
     harmless = 0
     for _ in range(flips // 2):
         shutil.copy(whole / "ckpt.pt", out / "ckpt.pt")
         change(out / "ckpt.pt")
-        path, found, faults = common.newest_checkpoint(out)
+        faults = []
+        path, found = saved.newest_checkpoint(out, faults.append)
+        del found["path"]
         good = path == older and len(faults) == 1 and "ckpt.pt" in faults[0] and "\n" not in faults[0]
         harmless += path != older
         note("damaged checkpoint", None if good and equal(found, right[1]) or path.name == "ckpt.pt"
@@ -424,12 +429,12 @@ def damage(at: Path, data: str, whole: Path):
              or different(out, whole) or ("nothing was said" if number and "going on from"
                                           not in said(out) else None))
     for argv in (["--init_from=auto"], ["--init_from=resume"]):
-        for path in common.checkpoints(out):
+        for path in saved.checkpoints(out):
             os.truncate(path, 1000)
-        note("all checkpoints damaged", refused(out, data, *argv, word="--init_from=scratch"))
-    for path in common.checkpoints(out):
+        note("all checkpoints damaged", refused(out, data, *argv, word="--overwrite"))
+    for path in saved.checkpoints(out):
         path.unlink()
-    note("all checkpoints lost", refused(out, data, "--init_from=auto", word="but no checkpoint"))
+    note("all checkpoints lost", refused(out, data, "--init_from=auto", word="holds a run already"))
     note("all checkpoints lost", refused(out, data, "--init_from=resume", word="to resume from"))
 
     source, name = Path(data.partition("=")[2]), at / "shards"
@@ -479,7 +484,7 @@ def second(at: Path, data: str, whole: Path):
     text = Data(f"{source}/").tokenizer().decode(
         Data(f"{source}/").train.rows([0], Data(f"{source}/").train.tokens)[0])
     for alphabet, words, splits in (
-            (set(text), "other shards", {"train": [text[:-1] + "\n"], "val": [text[:900]]}),
+            (set(text), "other data", {"train": [text[:-1] + "\n"], "val": [text[:900]]}),
             (set(text) | {"~"}, "another tokenizer", {"train": [text], "val": [text[:1000]]})):
         shutil.move(source, at / "moved")
         write_data(str(source), char_tokenizer(alphabet), splits)
@@ -547,7 +552,7 @@ def ranks(at: Path, data: str, whole: Path):
         out = at / f"from_{source.name}"
         shutil.copytree(source, out)
         os.replace(out / "ckpt-56.pt", out / "ckpt.pt")
-        for path in common.checkpoints(out)[1:]:
+        for path in saved.checkpoints(out)[1:]:
             path.unlink()
         problem = (finish if goal is one else two_ranks)(out, *steps, "--init_from=resume")
         note("another number of ranks", problem or different(out, goal, atol=1e-4) or (
@@ -642,11 +647,6 @@ def memory(at: Path, data: str, whole: Path):
     note("memory over 2,000 steps", f"grew by {grown} MB" if max(grown) > 16 or len(sizes) < 9
          else f"exit status {status}" if status else None)
 
-    out = at / "saved"  # what saving costs
-    problem = finish(out, data, "--n_layer=6", "--n_embd=384", "--max_steps=8", "--eval_interval=2")
-    print(f"of {(out / 'ckpt.pt').stat().st_size / 1e6:.0f} MB each, flushed to the disk:",
-          problem or re.search(r"\d+ checkpoints, [\d.]+ s each", said(out))[0])
-    shutil.rmtree(out)
 
 
 WEIRD = [-1, 0, 1, 3, 10**30, -10**30, 1.5, float("inf"), float("nan"), True, None, "", "x", "65",
@@ -833,8 +833,10 @@ def files(at: Path, data: str, whole: Path):
         status = end(start(out, data, "--init_from=auto", "--max_steps=41"))
         good_end = status == 0 and "Traceback" not in said(out)
         note("hostile checkpoint", None if good_end else one_line(status, said(out)))
-        survives("hostile checkpoint", lambda: common.load_model(out))
+        survives("hostile checkpoint", lambda: saved.load_model(out))
     canary = at / "canary"
+    for path in saved.checkpoints(out)[1:]:
+        path.unlink()
 
     class Bomb:
         def __reduce__(self):
@@ -846,7 +848,7 @@ def files(at: Path, data: str, whole: Path):
         else:
             torch.save(value, out / "ckpt.pt")
         note("code in a checkpoint", refused(out, data, "--init_from=auto"))
-        survives("code in a checkpoint", lambda: common.load_model(out))
+        survives("code in a checkpoint", lambda: saved.load_model(out))
         survives("code in a checkpoint", lambda: GPT.from_pretrained(out))
         shutil.copy(out / "ckpt.pt", at / "model" / "pytorch_model.bin")
         weights.unlink(missing_ok=True)

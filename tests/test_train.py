@@ -7,9 +7,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +22,14 @@ from filelock import FileLock
 
 import sample
 import train
-from common import (
-    Device,
-    Metrics,
-    lr_scale,
-    micro_batch_seed,
-    micro_batches,
-    restore,
-    save_checkpoint,
-    set_aside,
-)
+from checkpoint import restore, save_checkpoint
 from configurator import configure, find_settings
 from data import Data, write_data
-from files import load_torch
+from device import Device
+from hf import load_torch
 from model import GPT, GPTConfig
 from optim import AdamW, build_optimizer
+from run import Metrics, lr_scale, micro_batch_seed, micro_batches
 from tokenizer import char_tokenizer, open_tokenizer, train_bpe
 
 HERE = Path(__file__).resolve().parent.parent
@@ -146,30 +141,28 @@ def test_the_newest_whole_checkpoint_is_found(shared, tmp_path, capsys):
     raw[raw.index(weights(out)["model"]["transformer.wte.weight"].numpy().tobytes()) + 9] ^= 4
     newest.write_bytes(raw)
     load_torch(newest)  # which does not notice
-    os.truncate(out / "ckpt-6.pt", 5000)
     (out / "ckpt.pt.1.tmp").write_text("of a killed run")
     run_train(*common, "--max_steps=8", "--init_from=auto")
     said = capsys.readouterr().out
-    assert re.search(r"/ckpt\.pt is damaged: .*; .*ckpt-6\.pt is damaged: .*; going on from \S+-4\.pt\n",
-                     said) and "resuming" in said
+    assert re.search(r"/ckpt\.pt is damaged: .*; going on from \S+-6\.pt\n", said) and "resuming" in said
     for name, tensor in weights(tmp_path / "whole")["model"].items():
         assert torch.equal(tensor, weights(out)["model"][name]), name
     assert [row["step"] for row in rows(out)] == list(range(1, 9))
-    assert sorted(p.name for p in out.glob("ckpt*")) == [
-        "ckpt-4.pt", "ckpt-6.pt", "ckpt-6.pt.damaged", "ckpt.pt", "ckpt.pt.damaged"]
+    assert sorted(p.name for p in out.glob("ckpt*")) == ["ckpt-4.pt", "ckpt-6.pt", "ckpt.pt"]
     for path in out.glob("ckpt*.pt"):
         path.write_bytes(path.read_bytes()[:-9])
     for init_from in ("auto", "resume"):
-        with pytest.raises(ValueError, match="is damaged.*nor is any of the 2 older.*init_from=scratch"):
+        with pytest.raises(ValueError, match="is damaged.*nor can the older one be read.*--overwrite"):
             run_train(*common, "--max_steps=8", f"--init_from={init_from}")
         assert len(rows(out)) == 8
     for path in out.glob("ckpt*.pt"):
         path.unlink()
-    with pytest.raises(ValueError, match="a run of 8 steps but no checkpoint"):
+    with pytest.raises(ValueError, match=r"holds a run already \(best\)"):
         run_train(*common, "--max_steps=8", "--init_from=auto")
+    shutil.rmtree(out / "best")
     (out / "metrics.jsonl").write_text('{"step": 1}\nnull\n[' + "[" * 9999)  # killed before the first
     run_train(*common, "--max_steps=2", "--init_from=auto")
-    assert "has no checkpoint yet: beginning anew" in capsys.readouterr().out
+    assert [row["step"] for row in rows(out)] == [1, 2]
 
 
 def test_a_second_run_in_the_same_folder_is_refused(shared, tmp_path):
@@ -241,7 +234,7 @@ def test_ranks_end_well_with_work_in_flight(tmp_path):
     (tmp_path / "job.py").write_text(f"""if True:
         import atexit, sys, torch, torch.distributed as dist
         sys.path.insert(0, {str(HERE)!r})
-        from common import Device
+        from device import Device
         device = Device("cpu")
         atexit.register(print, "at the exit")
         model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
@@ -275,12 +268,12 @@ def test_updates_that_are_not_finite_are_skipped(shared, tmp_path, capsys, monke
     calls.clear()
     bad = set(range(5, 100))
     with pytest.raises(ValueError, match="in 3 steps in a row, up to step 7.*--init_from=resume"):
-        run_train(*common, "--log_interval=1", "--max_skipped=3")
+        run_train(*common, "--log_interval=1", "--max_skipped=3", "--overwrite")
     assert weights(tmp_path)["step"] == 4  # whole, and finite
     assert all(p.isfinite().all() for p in weights(tmp_path)["model"].values())
     monkeypatch.undo()
     with pytest.raises(ValueError, match="not finite in 10 steps"):  # for real
-        run_train(*common, "--max_steps=100", "--learning_rate=1e30")
+        run_train(*common, "--max_steps=100", "--learning_rate=1e30", "--overwrite")
 
 
 def test_several_gpus_are_asked_for_a_stop_only_where_they_are_waited_for():
@@ -290,7 +283,7 @@ def test_several_gpus_are_asked_for_a_stop_only_where_they_are_waited_for():
                                       ("cpu", 2, False, 1)):
         env.type, env.world = kind, world
         asked.clear()
-        assert env.any(None, waited) == bool(asks) and len(asked) == asks
+        assert env.any_rank(None, waited) == bool(asks) and len(asked) == asks
 
 
 def test_an_update_whose_gradient_is_not_finite_changes_nothing():
@@ -366,6 +359,8 @@ def test_evaluation_is_the_mean_over_the_whole_split(shared, tmp_path, capsys):
     assert math.isclose(row["val_bpb"], mean(16) / math.log(2), rel_tol=1e-4)  # ASCII, no end-of-text
     run_train(*common, "--eval_only", f"--init_from={tmp_path}", "--block_size=8")
     assert f"loss {mean(8):.4f}" in capsys.readouterr().out
+    run_train(*common, "--eval_only", "--init_from=resume")  # what ckpt.pt holds
+    assert f"loss {row['val_loss']:.4f}" in capsys.readouterr().out
 
 
 def test_evaluation_holds_no_more_logits_than_its_limit(monkeypatch):
@@ -461,7 +456,7 @@ def test_resuming_something_else_is_refused(shared, tmp_path):
         run_train(*common, "--max_steps=2", "--init_from=auto", f"--dataset={shared}/g")
     with pytest.raises(ValueError, match="vocabulary of"):
         run_train(*common, "--eval_only", f"--init_from={tmp_path}", f"--dataset={shared}/g")
-    run_train(*common, "--max_steps=2", f"--init_from={tmp_path}/best")  # a pretrained start
+    run_train(*common, "--max_steps=2", f"--init_from={tmp_path}/best", "--overwrite")
     (tmp_path / "ckpt.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match=r"ckpt\.pt"):
         run_train(*common, "--max_steps=2", "--init_from=resume")
@@ -474,7 +469,7 @@ def test_resuming_on_changed_data_is_refused_and_other_changes_are_said(tmp_path
     common = [*TINY, f"--dataset={tmp_path}/d", f"--out_dir={tmp_path}/run"]
     prepare("abc", "abc" * 99)
     run_train(*common, "--max_steps=1")
-    for alphabet, text, word in (("abc", "cba" * 99, "other shards"), ("abcd", "abc" * 99, "tokenizer")):
+    for alphabet, text, word in (("abc", "cba" * 99, "other data"), ("abcd", "abc" * 99, "tokenizer")):
         prepare(alphabet, text)
         with pytest.raises(ValueError, match=word):
             run_train(*common, "--max_steps=2", "--init_from=resume")
@@ -483,12 +478,74 @@ def test_resuming_on_changed_data_is_refused_and_other_changes_are_said(tmp_path
     assert "changed since then: max_steps 1 -> 2, batch_size 4 -> 8\n" in capsys.readouterr().out
 
 
-def test_a_new_run_keeps_the_one_that_was_there(shared, tmp_path):
-    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run"]
-    run_train(*common, "--max_steps=2")
-    run_train(*common, "--max_steps=1")
-    assert weights(tmp_path / "run")["step"] == 1 and len(rows(tmp_path / "run")) == 1
-    assert weights(tmp_path / "run" / "previous")["step"] == 2
+def test_a_used_folder_is_not_written_over_unasked(shared, tmp_path, monkeypatch):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run", "--eval_interval=2"]
+    out, files = tmp_path / "run", {}
+
+    def content():
+        return {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.suffix in (
+            ".pt", ".jsonl", ".safetensors")}
+
+    (out / "best").mkdir(parents=True)
+    for kept in ("results.json", "best/config.json"):
+        (out / kept).write_text("{}")
+        with pytest.raises(ValueError, match=rf"holds a run already \({kept[:4]}.*--overwrite"):
+            run_train(*common)
+        (out / kept).unlink()
+    (out / "metrics.jsonl").write_text('{"step": 9}\n')  # a run that never saved is no run
+    run_train(*common, "--max_steps=4")
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
+    files = content()
+    with pytest.raises(ValueError, match=r"\(best, ckpt-2.pt, ckpt.pt\); .*--init_from=resume.*--overwrite"):
+        run_train(*common, "--max_steps=4")
+    for init_from in ("resume", "auto"):
+        with pytest.raises(ValueError, match=f"--init_from={init_from} goes on"):
+            run_train(*common, "--overwrite", f"--init_from={init_from}")
+    saved = torch.save
+    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(RuntimeError("disk")))
+    with pytest.raises(OSError, match="disk"):  # the new run's first save does not succeed
+        run_train(*common, "--max_steps=2", "--overwrite", "--seed=3")
+    assert {name: data for name, data in content().items() if name.parts[0] != "new"} == files
+    monkeypatch.setattr(torch, "save", saved)
+    run_train(*common, "--max_steps=2", "--overwrite", "--seed=3")
+    assert weights(out)["settings"]["seed"] == 3 and len(rows(out)) == 2
+    assert sorted(p.name for p in out.iterdir()) == [
+        ".lock", "best", "ckpt.pt", "loss.png", "metrics.jsonl"]
+    run_train(*common, "--eval_only", f"--init_from={out}")  # asks nothing
+
+
+def test_a_replacement_that_was_killed_is_finished(shared, tmp_path):
+    """Before each change that replacing an old run makes to the folder."""
+    import checkpoint
+    for number in range(1, 20):
+        out = tmp_path / str(number)
+        for folder, text in ((out, "old"), (out / "new", "new")):
+            (folder / "best").mkdir(parents=True)
+            for name in ("ckpt.pt", "best/config.json", "metrics.jsonl", f"{text}.txt"):
+                (folder / name).write_text(text)
+        (out / "ckpt-2.pt").write_text("old")
+        left = number
+
+        def kill(event, args):
+            nonlocal left
+            if event in ("os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patched:
+            for name in ("replace", "unlink", "rmdir"):
+                real = getattr(os, name)
+                patched.setattr(os, name, lambda *a, real=real, **k: (kill("os.remove", a), real(*a, **k))[1])
+            with suppress(KeyboardInterrupt):
+                checkpoint.replace_run(out)
+        checkpoint.finish_replacing(out)
+        assert (out / "ckpt.pt").read_text() == (out / "best" / "config.json").read_text() == "new"
+        assert sorted(p.name for p in out.iterdir()) == [
+            "best", "ckpt.pt", "metrics.jsonl", "new.txt", "old.txt"]
+        if left > 0:
+            break
+    assert number > 5
 
 
 def test_a_model_with_another_tokenizer_of_the_same_size_is_refused(tmp_path, capsys):
@@ -501,39 +558,12 @@ def test_a_model_with_another_tokenizer_of_the_same_size_is_refused(tmp_path, ca
     for argv in (["--eval_only", f"--init_from={tmp_path}/run"], [f"--init_from={model}"],
                  [f"--wte_from={model}"]):
         with pytest.raises(ValueError, match=r"run\S*: its tokenizer .* of data set \S+/b .*--tokenizer="):
-            run_train(*common, f"--dataset={tmp_path}/b", *argv)
+            run_train(*common, f"--dataset={tmp_path}/b", f"--out_dir={tmp_path}/other", *argv)
     os.unlink(f"{model}/tokenizer.json")  # the same in other files
     capsys.readouterr()
     run_train(*common, f"--dataset={tmp_path}/a", "--eval_only", f"--init_from={model}")
     with open(tmp_path / "a" / "val_00000.bin", "rb") as f:
         assert f"on {tmp_path}/a, {len(f.read()) // 2 - 1} tokens: loss" in capsys.readouterr().out
-
-
-def test_what_a_stopped_fine_tuning_left_is_set_aside(tmp_path):
-    for left in (["metrics.jsonl"], ["metrics.jsonl", "best/config.json"]):
-        for name in left:
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text(" ".join(left))
-        set_aside(tmp_path)
-        assert (tmp_path / "best").exists() is False
-        assert (tmp_path / "previous" / "best" / "config.json").is_file() == (len(left) == 2)
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-@pytest.mark.parametrize("whole", ["ckpt.pt", "results.json"])
-def test_an_unfinished_run_takes_no_whole_ones_place(tmp_path, whole):
-    """Two runs in a row that are stopped before their first checkpoint, over one that was whole."""
-    for name, text in ((whole, "whole"), ("best/config.json", "whole"), ("metrics.jsonl", "whole")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    for _ in range(3):
-        set_aside(tmp_path)
-        assert not (tmp_path / "best").exists() and not (tmp_path / "adapter").exists()
-        for name in (whole, "best/config.json"):
-            assert (tmp_path / "previous" / name).read_text() == "whole"
-        for name in ("best/config.json", "adapter/adapter_config.json", "metrics.jsonl"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_text("begun")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -1,0 +1,139 @@
+"""GPT-2's byte-level BPE: its alphabet, its pattern, and how the merges of a new one are learned.
+
+Byte-pair encoding (Sennrich et al. 2016; of bytes: Radford et al. 2019): PATTERN cuts the text into
+pieces, each a sequence of bytes. The pair of neighbours that is most frequent in all pieces is
+merged into a new token, again and again; of equally frequent pairs the one with the lowest ids.
+"""
+
+import heapq
+import os
+import signal
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
+from operator import add
+
+import regex
+from tqdm import tqdm
+
+# GPT-2's own pattern in the form that tiktoken runs fastest: the same pieces, no backtracking.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# GPT-2 writes bytes as printable characters: most as themselves, the other 68 as U+0100 and up.
+BYTE_ORDER = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+BYTE_ORDER += [b for b in range(256) if b not in BYTE_ORDER]  # the order of ids 0 to 255
+CHARS = [chr(b if i < 188 else 68 + i) for i, b in enumerate(BYTE_ORDER)]  # in the same order
+TO_BYTE = {ord(c): b for c, b in zip(CHARS, BYTE_ORDER)}
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes of a token as GPT-2 writes it; a character that is not of its alphabet is `?`."""
+    return token.translate(TO_BYTE).encode("latin-1", "replace")
+
+
+def merge_ranks(merges) -> dict[bytes, int]:
+    """{bytes: rank} of the 256 bytes and what the merges make of them. ValueError for a merge whose
+    parts were not made before it, or whose result was."""
+    ranks = {bytes([b]): rank for rank, b in enumerate(BYTE_ORDER)}
+    for number, line in enumerate(merges, 1):
+        left, _, right = line.partition(" ")
+        left, right = token_bytes(left), token_bytes(right)
+        if left not in ranks or right not in ranks or left + right in ranks:
+            raise ValueError(f"merge {number}, {line!r}, cannot follow the ones before it: "
+                             "the merges are damaged or out of order")
+        ranks[left + right] = 255 + number
+    return ranks
+
+
+def learn_merges(documents, n_merges: int) -> list[tuple[int, int]]:
+    """The first `n_merges` merges of an iterable of texts as pairs of ids, fewer where no pair is
+    left. Ids 0 to 255 are the bytes in GPT-2's order, 256 + i is what merge i makes.
+
+    The result depends on the texts alone, not on their order or the machine. Memory is that of the
+    distinct pieces.
+    """
+    pieces = count_pieces(documents)
+    # A token is one character here, that of its id, and a pair of neighbours is a string of two, as
+    # `add` makes it, so that `str.replace` merges. `counts` is how often each pair occurs in the
+    # text, `where` the numbers of the words that have it (or had it once).
+    ranks = bytes(BYTE_ORDER.index(b) for b in range(256))
+    words = [piece.encode().translate(ranks).decode("latin-1") for piece in pieces]
+    frequencies = list(pieces.values())
+    counts, where = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in map(add, word, word[1:]):
+            counts[pair] += frequencies[i]
+            where[pair].add(i)
+    # Counts are kept up to date around each merge. The heap is not: an entry whose count has
+    # shrunk since is put back with its true count when it comes up.
+    heap = [(-count, pair) for pair, count in counts.items()]  # equal counts: lowest ids first
+    heapq.heapify(heap)
+    merges = []
+    with tqdm(total=n_merges, unit=" merges", disable=None) as bar:
+        while heap and len(merges) < n_merges:
+            count, best = heapq.heappop(heap)
+            if -count != counts[best]:
+                if counts[best] > 0:
+                    heapq.heappush(heap, (-counts[best], best))
+                continue
+            new = chr(256 + len(merges))
+            merges.append((ord(best[0]), ord(best[1])))
+            changes = defaultdict(int)
+            for i in where.pop(best):
+                word, frequency = words[i], frequencies[i]
+                words[i] = merged = word.replace(best, new)
+                for pair in map(add, word, word[1:]):
+                    changes[pair] -= frequency
+                for pair in map(add, merged, merged[1:]):
+                    changes[pair] += frequency
+                    where[pair].add(i)
+            for pair, change in changes.items():
+                counts[pair] += change
+                if change > 0:
+                    heapq.heappush(heap, (-counts[pair], pair))
+            bar.update()
+    return merges
+
+
+def count_pieces(documents, characters: int = 1 << 20) -> Counter:
+    """How often each piece that PATTERN cuts occurs in the texts, counted on all cores; a process
+    gets about so many characters at once."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pieces = Counter()
+    # Ctrl-C is for this process, which then ends the others.
+    with ProcessPoolExecutor(workers, initializer=signal.signal,
+                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        for counts in map_ahead(pool, _count, _batches(documents, characters), 2 * workers):
+            pieces.update(counts)
+    return pieces
+
+
+def map_ahead(pool, function, batches, ahead: int):
+    """`pool.map`, but only so many batches are read ahead of the result that is asked for."""
+    running = deque()
+    for batch in batches:
+        running.append(pool.submit(function, batch))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def _count(batch):
+    pieces = Counter()
+    for text in batch:
+        pieces.update(regex.findall(PATTERN, text))
+    return pieces
+
+
+def _batches(documents, characters):
+    """Lists of texts with about `characters` in all. A longer text is cut between a visible
+    character and a space, where no piece runs across."""
+    part = regex.compile(rf"(?s).{{1,{characters}}}(?:.*?\S(?=\s)|.*)")
+    batch, size = [], 0
+    for text in documents:
+        for found in part.finditer(text):
+            batch.append(found[0])
+            size += len(found[0])
+            if size >= characters:
+                yield batch
+                batch, size = [], 0
+    yield batch

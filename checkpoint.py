@@ -1,0 +1,277 @@
+"""A run's folder: checkpoints, the best model, and models found by name.
+
+OUT/ckpt.pt holds all that a resumed run needs, older ones are ckpt-STEP.pt; OUT/best is the best
+model as a Hugging Face folder. A folder that holds a run is not written over unasked.
+"""
+
+import math
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from files import read_json, replacing
+from hf import find_file, load_torch, local_folder, make_config
+from lora import load_adapter, merge, unmerge
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, from_json, open_tokenizer
+
+# What every checkpoint must hold, before anything in it is used.
+FIELDS = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "settings": dict,
+          "step": int, "tokens": int, "skipped": int, "elapsed_s": float, "tokenizer": str,
+          "best_loss": (float, tuple), "loss_sum": float, "counted": int}
+OLDER = {"skipped": 0, "loss_sum": 0.0, "counted": 0}  # which older checkpoints lack
+# What a run leaves in its folder.
+RUN_FILES = ("ckpt.pt", "ckpt-*.pt", "best", "adapter", "results.json", "metrics.jsonl", "loss.png",
+             "answers.jsonl", "confusion.png", "predictions", "predictions_*.csv",
+             "generated_*.txt", "dev_*.txt")
+
+
+# ---- checkpoints ----
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """The checkpoints of a run's folder, the newest first: ckpt.pt, then ckpt-STEP.pt."""
+    older = [path for path in out_dir.glob("ckpt-*.pt") if path.stem[5:].isdecimal()]
+    older.sort(key=lambda path: int(path.stem[5:]), reverse=True)
+    return [path for path in (out_dir / "ckpt.pt", *older) if path.is_file()]
+
+
+def save_checkpoint(path: Path, checkpoint: dict, keep: int = 1, last_step: int | None = None):
+    """torch.save of tensors and plain values, whole or not at all; OSError when it cannot. Of what
+    was there before, saved at last_step, keep - 1 stay as ckpt-STEP.pt."""
+    with replacing(path) as tmp:
+        tmp.touch()  # so that a folder that cannot be written says so in the system's words
+        try:
+            torch.save(checkpoint, tmp)
+        except RuntimeError as e:  # torch's word for a disk that is full
+            raise OSError(str(e).splitlines()[0] + ": is the disk full?") from None
+        if keep > 1 and last_step is not None and path.is_file():
+            older = path.with_name(f"ckpt-{last_step}.pt")
+            older.unlink(missing_ok=True)
+            try:
+                os.link(path, older)  # so that there is a ckpt.pt at every moment
+            except OSError:  # a file system without links
+                os.replace(path, older)
+    for old in checkpoints(path.parent)[keep:]:
+        old.unlink()
+
+
+def read_checkpoint(path: Path, **more: type) -> dict:
+    """A checkpoint whose every byte was verified. ValueError in one line for one that is damaged,
+    or lacks a field of every checkpoint or one of `more`, this script's own."""
+    checkpoint = OLDER | load_torch(path, verify=True)
+    for name, kind in (FIELDS | more).items():
+        value = checkpoint.get(name)
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        if good and (kind is int or name == "elapsed_s"):
+            good = 0 <= value < math.inf
+        if not good:
+            raise ValueError(f"{path} was not written by this script (its {name} is "
+                             f"{type(value).__name__}); convert.py reads nanoGPT's")
+    return checkpoint
+
+
+def newest_checkpoint(out_dir: Path, say=print, **more: type):
+    """(path, checkpoint) of a run's folder: ckpt.pt or, if that is damaged, the one before it.
+    (None, None) where there is none. ValueError where neither is whole."""
+    faults = []
+    for path in checkpoints(out_dir)[:2]:
+        try:
+            checkpoint = read_checkpoint(path, **more)
+        except (ValueError, OSError) as e:
+            faults.append(str(e))
+            continue
+        if faults:
+            say(f"{faults[0]}; going on from {path}")
+        return path, checkpoint | {"path": path}
+    if faults:
+        raise ValueError(f"{'; nor can the older one be read: '.join(faults)}; bring one back, or "
+                         "begin anew with --init_from=scratch --overwrite")
+    return None, None
+
+
+def check_settings(path: Path, old: dict, new: dict, names):
+    """ValueError where a resumed run would go on with another value of one of these settings."""
+    for name in names:
+        if name in old and new[name] != old[name]:
+            raise ValueError(f"{path} was trained with {name}={old[name]}, not {new[name]}; give "
+                             "that, or another --out_dir")
+
+
+def check_data(path: Path, checkpoint: dict, digest: str, name):
+    """ValueError where a resumed run would go on with other data, which would mix its splits."""
+    if checkpoint.get("data", digest) != digest:
+        raise ValueError(f"{path} was trained on other data than {name} has now; bring that back, "
+                         "or begin anew with another --out_dir and "
+                         f"--init_from={path.parent / 'best'}")
+
+
+@contextmanager
+def fitting(path):
+    """What torch raises for a checkpoint whose parts do not fit each other, as one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        what = (str(e).splitlines() or [""])[0][:200]
+        raise ValueError(f"the parts of {path} do not fit each other ({what}): it is damaged, or "
+                         "was written by another script") from None
+
+
+def saved_model(checkpoint: dict, dropout: float) -> tuple[GPT, Tokenizer]:
+    """The untrained network of a checkpoint's config, whose weights Run loads, and its tokenizer.
+    ValueError where the fields do not fit, or the file is too small for such a network."""
+    path = checkpoint["path"]
+    config = make_config(GPTConfig, checkpoint["config"] | {"dropout": dropout}, path)
+    size = 12 * config.n_layer * config.n_embd ** 2 + config.n_embd * config.vocab_size
+    if 2 * size > path.stat().st_size:  # bytes; a fork's parameters may be fewer, not so few
+        raise ValueError(f"{path} is damaged: a network of {size:,} parameters is not in it")
+    with fitting(path):
+        tokenizer = from_json(checkpoint["tokenizer"])
+    return GPT(config), tokenizer
+
+
+def restore(checkpoint: dict, optimizer, scaler):
+    """Loads the state of any torch.optim.Optimizer, but not its settings, which are today's, and
+    that of float16's scaler. ValueError where it is the state of other parameters."""
+    if checkpoint["scaler"]:  # empty where the dtype was not float16
+        scaler.load_state_dict(checkpoint["scaler"])
+    saved = checkpoint["optimizer"]
+    for old, new in zip(saved["param_groups"], optimizer.param_groups):
+        old |= {key: value for key, value in new.items() if key != "params"}
+    optimizer.load_state_dict(saved)
+    has_moments = any(optimizer.defaults.get(key) for key in ("betas", "momentum"))
+    if not optimizer.state and has_moments and checkpoint["step"] > checkpoint["skipped"]:
+        raise ValueError("the state of its optimizer is empty")
+    like_parameter = {}  # name: whether the tensors of that name are shaped as their parameters
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                same = value.shape == p.shape
+                if value.dim() and like_parameter.setdefault(key, same) != same:
+                    raise ValueError(f"its optimizer's {key} is of other parameters")
+                # a copy, else the file stays mapped; fused AdamW wants its parameter's strides
+                new = torch.empty_like(p if same else value, dtype=value.dtype, device=value.device)
+                state[key] = new.copy_(value)
+
+
+# ---- the folder ----
+
+def open_run(env, out: Path, settings: dict, fixed, **fields: type):
+    """Locks a folder for this run; returns (path, checkpoint) of the run that it goes on with, or
+    (None, None). fixed: the settings that a resumed run cannot change; fields: what its checkpoint
+    holds beside those of every one. ValueError for a run that would be written over unasked."""
+    init_from, overwrite = settings["init_from"], settings["overwrite"]
+    resumes = init_from in ("resume", "auto")
+    if overwrite and resumes:
+        raise ValueError(f"--overwrite begins anew, --init_from={init_from} goes on with the run "
+                         f"in {out}: give one of them")
+    env.lock(out)
+    if env.rank == 0:
+        finish_replacing(out)
+    env.sum(0)  # the other ranks wait for that
+    if resumes and checkpoints(out):
+        path, checkpoint = newest_checkpoint(out, env.say, **fields)
+        check_settings(path, checkpoint["settings"], settings, fixed)
+        return path, checkpoint
+    if init_from == "resume":
+        raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start without --init_from=resume")
+    kinds = ("ckpt*.pt", "results.json", "best/config.json")  # what is worth keeping
+    found = sorted({path.relative_to(out).parts[0] for kind in kinds for path in out.glob(kind)})
+    if found and not overwrite:
+        resume = "" if resumes else "go on with it by --init_from=resume, "
+        raise ValueError(f"{out} holds a run already ({', '.join(found)}); {resume}give another "
+                         "--out_dir, or write over it with --overwrite")
+    return None, None
+
+
+def replace_run(out: Path):
+    """Puts a new run, which until its first checkpoint or result writes into OUT/new, in the place
+    of what an old one left in the folder."""
+    for path in [path for kind in RUN_FILES for path in out.glob(kind)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.replace(out / "new", out / "new.whole")  # from here on there is only the new one
+    finish_replacing(out)
+
+
+def finish_replacing(out: Path):
+    """What a new run that was killed left to do, or to remove."""
+    new, whole = out / "new", out / "new.whole"
+    if (new / "ckpt.pt").is_file() or (new / "results.json").is_file():
+        return replace_run(out)
+    shutil.rmtree(new, ignore_errors=True)
+    if whole.is_dir():
+        for path in whole.iterdir():
+            os.replace(path, out / path.name)
+        whole.rmdir()
+
+
+def save_best(out_dir: Path, model, tokenizer, **config):
+    """Puts a model, its adapters merged, and its tokenizer into OUT/best as a Hugging Face folder.
+    Each file is replaced whole; config.json, without which it is no model, comes last. config:
+    further fields of it."""
+    best = out_dir / "best"
+    if not (best / "config.json").is_file():  # else the tokenizer is there, the same
+        tokenizer.save(best)
+    merge(model)
+    model.save_pretrained(best, tokenizer.eos_id, **config)
+    unmerge(model)
+
+
+# ---- models by name ----
+
+def newest_run() -> str:
+    """The run folder under out/ that was written last, but for classifiers, which write no text;
+    without one `weights`, which it says. ValueError if there is neither."""
+    checkpoints = []
+    for file in Path("out").glob("*/ckpt.pt"):
+        config = file.parent / "best" / "config.json"
+        text = config.read_text("utf-8", errors="replace") if config.is_file() else ""
+        if 'ForSequenceClassification"' not in text:
+            checkpoints.append(file)
+    if checkpoints:
+        return str(max(checkpoints, key=lambda file: file.stat().st_mtime).parent)
+    local_folder("weights")
+    print("no run under out/ yet: this is the model in weights/, which came with the code")
+    return "weights"
+
+
+def model_tokenizer(name, revision: str | None = None) -> Tokenizer | None:
+    """The one that lies with a model (a run folder, a Hugging Face folder or a hub name), if any."""
+    checkpoint = local_folder(name) / "ckpt.pt"
+    if checkpoint.is_file():
+        return from_json(load_torch(checkpoint).get("tokenizer", ""))
+    for file in ("tokenizer.json", "vocab.json", "vocab.bpe"):
+        if found := find_file(name, file, revision):
+            if file == "vocab.json":
+                find_file(name, "merges.txt", revision)  # so that the hub's lies beside it
+            return open_tokenizer(found.parent)
+    return None
+
+
+def load_model(name, tokenizer=None, **options):
+    """(GPT, its Tokenizer) of a run folder, a Hugging Face folder or a hub name; of a folder with
+    low-rank adapters in PEFT's format, their base model with the adapters merged. A tokenizer, or
+    its name, may be given; without one and without files of it, it is GPT-2's. options go to
+    GPT.from_pretrained. ValueError when the tokenizer's size is not the model's."""
+    adapter = local_folder(name) / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise ValueError(f"{adapter} names no base model: its base_model_name_or_path is "
+                             f"{base!r}")
+        model, tokenizer = load_model(base, tokenizer, **options)
+        load_adapter(model, adapter.parent)
+        merge(model, for_good=True)
+        return model, tokenizer
+    model = GPT.from_pretrained(name, **options)
+    if tokenizer is None:
+        tokenizer = model_tokenizer(name, options.get("revision")) or "gpt2"
+    if isinstance(tokenizer, str):
+        tokenizer = open_tokenizer(tokenizer)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids, the "
+                         f"model in {name} has {model.config.vocab_size}; put the tokenizer.json "
+                         "that it was trained with into its folder")
+    return model, tokenizer
