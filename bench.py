@@ -110,7 +110,7 @@ def script(*words, cwd=HERE) -> str:
 
 
 def child(*words) -> list:
-    """What a command of this script returns in a process of its own, whose memory is its own, too."""
+    """What a command of this script returns in a process of its own, with its own memory."""
     settings = [f"--{name}={value}" for name, value in read_settings(globals(), ()).items()
                 if value is not None]
     return json.loads(script(HERE / "bench.py", *words, *settings, cwd=None))

@@ -238,7 +238,7 @@ def newest_run() -> str:
 
 
 def model_tokenizer(name, revision: str | None = None) -> Tokenizer | None:
-    """The one that lies with a model (a run folder, a Hugging Face folder or a hub name), if any."""
+    """The one that lies with a model (a run or Hugging Face folder, a hub name), if any."""
     checkpoint = local_folder(name) / "ckpt.pt"
     if checkpoint.is_file():
         return from_json(load_torch(checkpoint).get("tokenizer", ""))

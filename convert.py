@@ -155,8 +155,8 @@ def main():
                  "Training": f"{checkpoint.get('iter_num', 'unknown')} steps"}
         if tok.vocab_size != model.config.vocab_size:
             raise ValueError(f"{input} has a vocabulary of {model.config.vocab_size}, the "
-                             f"tokenizer ({tok.name}) one of {tok.vocab_size}; name its own with --tokenizer "
-                             "(nanoGPT's meta.pkl serves)")
+                             f"tokenizer ({tok.name}) one of {tok.vocab_size}; name its own with "
+                             "--tokenizer (nanoGPT's meta.pkl serves)")
     else:
         model, tok = load_model(input, tok, revision=revision)
         found = facts(path)

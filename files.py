@@ -85,8 +85,8 @@ def hub_file(name: str, file: str, revision: str | None = None):
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if file != "config.json" and isinstance(cached, str):
             return None  # offline: the repository is there, this file of it is not
-        raise ValueError(f"{name} is no folder, not in the hub's local cache, and the hub cannot be "
-                         f"reached; download it where there is a network (hf download {name} "
+        raise ValueError(f"{name} is no folder, not in the hub's local cache, and the hub cannot "
+                         f"be reached; download it where there is a network (hf download {name} "
                          "--local-dir FOLDER) and give that FOLDER") from None
     except errors.EntryNotFoundError:
         return None

@@ -83,7 +83,7 @@ class Linear(nn.Linear):
 
 
 def recomputed(module_class):
-    """The class of a module that tells a Linear, which reads its output, how to compute it again."""
+    """The class of a module that tells a Linear that reads its output how to compute it again."""
     class Recomputed(module_class):
         def forward(self, x):
             y = super().forward(x)
@@ -185,8 +185,8 @@ class KnownGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         if ctx.gradients is None or torch.is_grad_enabled():  # the latter by create_graph
-            raise RuntimeError("an accelerated loss has one backward pass and no second derivative; "
-                               "compute it again")
+            raise RuntimeError("an accelerated loss has one backward pass and no second "
+                               "derivative; compute it again")
         gradients, ctx.gradients = ctx.gradients, None
         if scale != 1:
             torch._foreach_mul_(gradients, scale.item())

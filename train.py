@@ -190,7 +190,8 @@ def network_settings(settings: dict) -> dict:
 def resumed_model(path: Path, checkpoint: dict, settings: dict, data) -> GPT:
     """The network of a checkpoint; ValueError where the run could not go on with it as it was."""
     network = network_settings(settings)
-    check_settings(path, checkpoint["config"], network, network.keys() - {"dropout"})
+    old = vars(GPTConfig()) | checkpoint["config"]  # which lacks what the code has learned since
+    check_settings(path, old, network, network.keys() - {"dropout"})
     if checkpoint["tokenizer"] != data.tokenizer().to_json():
         raise ValueError(f"{path} was trained with another tokenizer than {dataset} has now; "
                          "bring that back, or give another --out_dir")

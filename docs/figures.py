@@ -20,7 +20,7 @@ LAYOUT = {"papersize": '"a4"', "fontsize": '"9.2pt"', "margin": '{"x": "19mm", "
 
 
 def loss():
-    """Losses against tokens and minutes, a colour for each run; bits a byte on the right, where
+    """Losses against tokens and minutes, a colour for each run; bits per byte on the right, where
     all runs share a tokenizer and some row has both."""
     fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.1), dpi=150, layout="constrained", sharey=True)
     ratios = []
@@ -33,13 +33,13 @@ def loss():
                 points = [(row[key] / scale, row[y]) for row in rows if y in row and key in row]
                 if points:
                     ax.plot(*zip(*points), color=f"C{colour}", **style)
-    axes[0].set(xlabel="training tokens (millions)", ylabel="loss (nats a token)", ylim=(None, 5))
+    axes[0].set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", ylim=(None, 5))
     axes[1].set(xlabel="minutes of training")
     axes[0].legend(frameon=False, fontsize=8, title="validation; training thin", title_fontsize=8)
     if ratios and max(ratios) < 1.01 * min(ratios):
         right = axes[1].secondary_yaxis("right", functions=(lambda x: x * ratios[0],
                                                             lambda x: x / ratios[0]))
-        right.set_ylabel("bits a byte")
+        right.set_ylabel("bits per byte")
     for ax in axes:
         ax.grid(alpha=0.25)
     fig.savefig(HERE / "loss.png")
