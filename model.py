@@ -37,9 +37,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if not isinstance(value, (int, float) if kind is float else kind):
-                raise ValueError(f"{field.name} must be {kind}, got {value!r}")  # noqa: TRY004
+            value, kind = getattr(self, field.name), {float: int | float}.get(field.type, field.type)
+            if not isinstance(value, kind) or type(value) is bool and kind in (int, int | float):
+                raise ValueError(f"{field.name} must be {kind}, got {value!r}")
         for name, most in (("block_size", 2**24), ("vocab_size", 2**24), ("n_layer", 10_000),
                            ("n_head", 2**17), ("n_embd", 2**17)):
             if not 0 < getattr(self, name) <= most:

@@ -446,7 +446,8 @@ def test_damaged_and_hostile_files(tmp_path):
 
 @pytest.mark.parametrize(("change", "word"), [
     ({"n_head": 3, "n_embd": 32}, "n_head=2|n_head=4"), ({"n_layer": 0}, "n_layer"),
-    ({"dropout": 1.0}, "dropout"), ({"activation": "relu"}, "relu"), ({"bias": 1}, "bias")])
+    ({"dropout": 1.0}, "dropout"), ({"activation": "relu"}, "relu"), ({"bias": 1}, "bias"),
+    ({"vocab_size": True}, "vocab_size"), ({"dropout": False}, "dropout")])
 def test_config_refuses_what_cannot_be_built(change, word):
     with pytest.raises(ValueError, match=word):
         GPTConfig(**TINY | change)

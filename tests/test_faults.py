@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -887,6 +888,9 @@ def main(*names):
     import matplotlib.pyplot  # what the children would load, each for itself
     import safetensors.torch  # noqa: F401
     import torch._dynamo
+    from tqdm import tqdm
+    tqdm.set_lock(threading.RLock())  # its own is shared with the children, which die with it
+    tqdm.monitor_interval = 0  # a thread that holds it while this process forks
     gc.collect()
     gc.freeze()
     torch.set_num_threads(1)
