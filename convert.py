@@ -20,7 +20,7 @@ import torch
 from checkpoint import load_model
 from configurator import run as run_script
 from files import read_json, write_text
-from hf import load_torch
+from hf import DROPOUTS, PREFIX, find_file, load_torch
 from model import GPT, GPTConfig
 from run import Metrics
 from tokenizer import open_tokenizer
@@ -42,8 +42,8 @@ def load_nanogpt(path) -> tuple[GPT, dict]:
     try:
         args = checkpoint["model_args"]
         vocab_size = 50257 if args["vocab_size"] == 50304 else args["vocab_size"]
-        state = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()
-                 if not name.endswith(".attn.bias")}
+        state = {PREFIX.sub("", name, 1) if PREFIX.match(name) else name: t
+                 for name, t in checkpoint["model"].items() if not name.endswith(".attn.bias")}
         for name in ("transformer.wte.weight", "lm_head.weight"):
             state[name] = state[name][:vocab_size]
         tied = torch.equal(state["transformer.wte.weight"], state["lm_head.weight"])
@@ -88,6 +88,13 @@ def check_export(folder) -> str:
     return f"checked: transformers computes the same (largest difference {difference:.1g})"
 
 
+def kept_fields(name) -> dict:
+    """The fields of a model's config.json that GPTConfig has no place for."""
+    path = find_file(name, "config.json", revision)
+    config = read_json(path) if path else {}
+    return {key: config[key] for key in (*DROPOUTS, "task_specific_params") if key in config}
+
+
 def facts(folder: Path) -> dict:
     """What a run folder says of its training: settings, step, losses."""
     if not (folder / "ckpt.pt").is_file():
@@ -118,18 +125,40 @@ def facts(folder: Path) -> dict:
     return found
 
 
+def describe_tokenizer(tok) -> dict:
+    """What the card says of a tokenizer, and of what does not work with it elsewhere."""
+    if tok is None:
+        return {"Tokenizer": "none came with it: weights only"}
+    said = {"Tokenizer": f"{tok.name}, {tok.vocab_size:,} ids"}
+    if tok.eos_id is None:
+        said["Elsewhere"] = ("there is no end-of-text, so what needs one to stop or to pad does not "
+                             "work: lm_eval's generation tasks, TRL, llama.cpp, batches of texts")
+    elif tok.name in ("char", "bytes"):
+        said["Elsewhere"] = "llama.cpp has no tokenizer of this kind; transformers has"
+    if tok.eos_id is not None and tok.pad_id == tok.eos_id:
+        said["Padding"] = ("with end-of-text; a data collator that hides the padding from the "
+                           "labels hides end-of-text, too")
+    if tok.special:
+        said["Special tokens"] = (", ".join(f"`{token}`" for token in tok.special) + "; "
+                                  "transformers makes them of every text that has them written out")
+    return said
+
+
 def card(name: str, model: GPT, tok, unknown: dict | None, found: dict) -> str:
     """A model card: front matter for the hub, then what is known. unknown: the network's settings
     that transformers does not have."""
     c = model.config
     found = {"Architecture": f"GPT-2, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
                              f"context {c.block_size}: {model.num_params():,} parameters",
-             "Tokenizer": f"{tok.name}, {tok.vocab_size:,} ids", "Licence": licence} | found
+             **describe_tokenizer(tok), "Licence": licence} | found
     for note in notes:
         key, _, text = note.partition(": ")
         found[key] = text
     library, code = "transformers", ("python\nfrom transformers import pipeline\n"
                                      f'print(pipeline("text-generation", "{name}")("Once upon"))')
+    if tok is None:
+        code = ("python\nfrom transformers import GPT2LMHeadModel\n"
+                f'model = GPT2LMHeadModel.from_pretrained("{name}")')
     if unknown:
         found["Architecture"] += f"; with {unknown}, which only taleGPT's scripts load"
         library, code = "taleGPT", f'sh\npython sample.py --init_from={name} --start "Once upon"'
@@ -142,7 +171,7 @@ def card(name: str, model: GPT, tok, unknown: dict | None, found: dict) -> str:
 def main():
     if not input or not out:
         raise ValueError("give --input=RUN_OR_MODEL and --out=FOLDER")
-    path, found, tok = Path(input), {}, None
+    path, found, kept, tok = Path(input), {}, {}, None
     bad = [note for note in notes if not all(part.strip() for part in note.partition(": "))]
     if bad:
         raise ValueError(f"notes: got {bad[0]!r:.60}, expected `Name: text`")
@@ -150,16 +179,17 @@ def main():
         tok = open_tokenizer(tokenizer)
     if path.is_file():
         model, checkpoint = load_nanogpt(path)
-        tok = tok or open_tokenizer("gpt2")
+        if tok is None and model.config.vocab_size == 50257:
+            tok = open_tokenizer("gpt2")
         found = {"Converted from": "a nanoGPT checkpoint",
                  "Training": f"{checkpoint.get('iter_num', 'unknown')} steps"}
-        if tok.vocab_size != model.config.vocab_size:
+        if tok and tok.vocab_size > model.config.vocab_size:
             raise ValueError(f"{input} has a vocabulary of {model.config.vocab_size}, the "
                              f"tokenizer ({tok.name}) one of {tok.vocab_size}; name its own with "
                              "--tokenizer (nanoGPT's meta.pkl serves)")
     else:
         model, tok = load_model(input, tok, revision=revision)
-        found = facts(path)
+        found, kept = facts(path), kept_fields(input)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={dtype!r} is unknown: float32, bfloat16 or float16")
@@ -172,10 +202,12 @@ def main():
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as tmp:
         new = Path(tmp)
-        model.save_pretrained(new, tok.eos_id)
-        tok.save(new)
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tok.eos_id)
-        write_text(new / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        model.save_pretrained(new, **(tok.model_ids() if tok else {}) | kept)
+        if tok:
+            tok.save(new, model_max_length=model.config.block_size)
+        if not path.is_file() and (said := find_file(input, "generation_config.json", revision)):
+            said = read_json(said) | read_json(new / "generation_config.json")
+            write_text(new / "generation_config.json", json.dumps(said, indent=2) + "\n")
         unknown = read_json(new / "config.json").get("talegpt")
         write_text(new / "README.md", card(folder.resolve().name, model, tok, unknown, found))
         checked = check_export(new) if not unknown else (
@@ -184,7 +216,8 @@ def main():
         for file in new.iterdir():
             os.replace(file, folder / file.name)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
-    print(f"{folder}: {model.num_params():,} parameters, {tok.name} tokens; {files}\n{checked}")
+    tokens = f"{tok.name} tokens" if tok else "weights only, as no tokenizer came with them"
+    print(f"{folder}: {model.num_params():,} parameters, {tokens}; {files}\n{checked}")
 
 
 if __name__ == "__main__":

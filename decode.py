@@ -5,7 +5,6 @@ one that reads them faster (oneDNN's own layout) or reads fewer bytes (int8). On
 bound by launching kernels: it records a step once and replays it.
 """
 
-import codecs
 from functools import partial
 
 import torch
@@ -168,11 +167,18 @@ def left_padded(prompts: list[list[int]], device):
 def stream_text(model: GPT, tokenizer, idx, *args, **options):
     """Yields (text, tokens so far) of `model.stream` for one prompt idx (1, T), as it comes; bytes
     that are not yet a whole character wait. The stop token is not part of the text."""
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    ids, start, shown = [], 0, ""  # ids[:start] are done with; of the others `shown` has been
     for count, token in enumerate(model.stream(idx, *args, **options), 1):
-        ended = token.item() == tokenizer.eos_id
-        yield "" if ended else utf8.decode(tokenizer.decode_bytes([token.item()])), count
-    yield utf8.decode(b"", final=True), count
+        if token.item() in tokenizer.stop_ids:
+            break
+        ids.append(token.item())
+        text = tokenizer.decode(ids[start:])
+        if text.endswith("\ufffd"):
+            yield "", count
+            continue
+        yield text[len(shown):], count
+        start, shown = max(start, len(ids) - 1), tokenizer.decode(ids[-1:])
+    yield tokenizer.decode(ids[start:])[len(shown):], count
 
 
 def check_beams(config, num_beams: int, length_penalty: float):
@@ -193,20 +199,21 @@ def reorder(cache: KVCache, rows):
 
 @torch.inference_mode()
 def beam_search(model: GPT, idx, max_new_tokens: int, num_beams: int, length_penalty: float = 1.0,
-                eos_id: int | None = None):
+                eos_id: int | list | None = None):
     """The likeliest continuation of each prompt idx (B, T) that a beam search finds.
 
     By the rules of transformers' `generate(num_beams=…, early_stopping=False)`: a hypothesis ends
-    at eos_id or at max_new_tokens and scores (sum of log-probabilities) / length**length_penalty,
+    at eos_id (one or several) or at max_new_tokens and scores (sum of log-probabilities) / length**length_penalty,
     its length counted in new tokens; the search ends when no open beam scores better than the worst
     of num_beams ended ones. Returns (sequences (B, T + n), scores (B,)), rows that ended early
     filled with eos_id. ValueError for settings out of range.
     """
-    check_sampling(model.config, idx, max_new_tokens, 0.0, None, None)
+    check_sampling(idx, max_new_tokens, 0.0)
     check_beams(model.config, num_beams, length_penalty)
-    V, block_size, wte = model.config.vocab_size, model.config.block_size, model.transformer.wte
+    V, block_size, wte = model.num_tokens, model.config.block_size, model.transformer.wte
     (B, T), device, end = idx.shape, idx.device, idx.size(1) + max_new_tokens
-    sequences = idx.new_full((B, num_beams, end), 0 if eos_id is None else eos_id)
+    stop = idx.new_tensor([] if eos_id is None else eos_id).view(-1)
+    sequences = idx.new_full((B, num_beams, end), stop[0] if len(stop) else 0)
     sequences[:, :, :T] = idx[:, None]
     scores = torch.zeros(B, num_beams, device=device)  # of the open beams
     scores[:, 1:] = -1e9  # all start alike: only the first counts
@@ -228,9 +235,7 @@ def beam_search(model: GPT, idx, max_new_tokens: int, num_beams: int, length_pen
         parent, token = flat // V, flat % V
         candidates = sequences.take_along_dim(parent[:, :, None], 1)
         candidates[:, :, pos] = token
-        stops = torch.full_like(token, last, dtype=torch.bool)
-        if eos_id is not None:
-            stops |= token == eos_id
+        stops = torch.isin(token, stop) | last
         # only the best num_beams candidates may end, and only where that can still improve
         final = torch.where(stops & improves, top / length ** length_penalty, -1e9)
         final[:, num_beams:] = -1e9

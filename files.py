@@ -62,7 +62,7 @@ def naming(path):
 def read_json(path) -> dict:
     """The object of a JSON file; ValueError for anything else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not JSON: {e}") from None
     if not isinstance(value, dict):

@@ -9,6 +9,7 @@ and our layout of weights, so that no other program takes it for a GPT-2.
 import json
 import pickle
 import re
+import shlex
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -25,14 +26,16 @@ NAMES = {"block_size": ("n_positions", 1024), "vocab_size": ("vocab_size", 50257
          "n_layer": ("n_layer", 12), "n_head": ("n_head", 12), "n_embd": ("n_embd", 768),
          "activation": ("activation_function", "gelu_new"),
          "tie_word_embeddings": ("tie_word_embeddings", True), "bias": ("bias", True)}
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # all three are our dropout
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # the first is read as our dropout
 ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "n_ctx": "n_positions",
            "num_hidden_layers": "n_layer", "max_position_embeddings": "n_positions"}
+MODEL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What transformers can compute in other ways than model.py, with the value that is ours.
 FIXED = {"n_inner": None, "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
          "add_cross_attention": False}
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by Hugging Face
+PREFIX = re.compile(r"((module|_orig_mod|model)\.)+")  # of DDP's, the compiler's and loops' own names
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # buffers of old files, not parameters
 WITHOUT_BIAS = re.compile(r"\.(ln_\w|c_\w+)\.weight$")  # of a network with bias=False
 UNUSED_BIAS = re.compile(r"\.(ln_\w|c_\w+)\.bias$")  # which transformers' modules have, at zero
@@ -80,25 +83,32 @@ def read_pretrained(name, revision=None):
     if path is None:
         raise ValueError(f"{name} holds no config.json and no ckpt.pt: not a model folder")
     hf = read_json(path)
-    config = config_from_hf(hf, path)
-    tensors, ours = read_tensors(name, revision), {}
+    config, ours = config_from_hf(hf, path), {}
+    tensors = {PREFIX.sub("", key, 1) if PREFIX.match(key) else key: tensor
+               for key, tensor in read_tensors(name, revision).items()}
     bare = not any(key.startswith("transformer.") for key in tensors)  # GPT2Model's own file
     for key, (shape, read) in tensors.items():
-        if bare and not key.startswith("lm_head."):
+        if bare and not key.startswith(("lm_head.", "score.")):
             key = f"transformer.{key}"
-        tied = key == "lm_head.weight" and config["tie_word_embeddings"]
         zeros = not config["bias"] and UNUSED_BIAS.search(key) and not read().count_nonzero()
-        if tied or zeros or MASKS.search(key):
+        if zeros or MASKS.search(key):
             continue
-        if hf["model_type"] == "gpt2" and CONV1D.search(key) and len(shape) == 2:
+        if "talegpt" not in hf and CONV1D.search(key) and len(shape) == 2:
             shape, read = shape[::-1], lambda read=read: read().t()  # a view: nothing is moved
         ours[key] = (shape, read)
+    wte, head = (ours.get(key, (None, None)) for key in ("transformer.wte.weight", "lm_head.weight"))
+    if config["tie_word_embeddings"] and head[1]:  # tied only where it is the same
+        if wte[0] == head[0] and torch.equal(wte[1](), head[1]()):
+            del ours["lm_head.weight"]
+        else:
+            config["tie_word_embeddings"] = False
     return config, ours
 
 
 def config_from_hf(hf: dict, path) -> dict:
     """GPTConfig's fields of a GPT-2's config.json; refuses by name what we would not compute."""
-    if hf.get("model_type") not in ("gpt2", "talegpt"):
+    old = "n_embd" in hf and "n_head" in hf  # before there was a model_type
+    if hf.get("model_type", "gpt2" if old else None) not in ("gpt2", "talegpt"):
         raise ValueError(f"{path}: model_type is {hf.get('model_type')!r}, expected 'gpt2'")
     hf = dict.fromkeys(DROPOUTS, 0.1) | hf
     hf = {ALIASES[key]: value for key, value in hf.items() if key in ALIASES} | hf
@@ -108,7 +118,7 @@ def config_from_hf(hf: dict, path) -> dict:
         config["activation"] = "gelu_new"
     if type(width) is int and hf.get("n_inner") == 4 * width:
         hf["n_inner"] = None  # which stands for this value
-    for key, ours in (FIXED | dict.fromkeys(DROPOUTS, config["dropout"])).items():
+    for key, ours in FIXED.items():
         if hf.get(key, ours) != ours:
             raise ValueError(f"{path}: {key}={hf[key]!r} differs from {ours!r}, which alone is "
                              "supported here")
@@ -116,6 +126,17 @@ def config_from_hf(hf: dict, path) -> dict:
     if not isinstance(more, dict) or more.keys() & config.keys():
         raise ValueError(f"{path}: talegpt is {more!r:.60}, expected settings that GPT-2 lacks")
     return config | more
+
+
+def read_model_ids(name, revision=None) -> dict:
+    """The ids of tokens that a model's files name: generation_config.json or, where that is silent,
+    config.json."""
+    found = {}
+    for file in ("config.json", "generation_config.json"):
+        if path := find_file(name, file, revision):
+            ids = {key: value for key, value in read_json(path).items() if key in MODEL_IDS}
+            found |= {key: value for key, value in ids.items() if value is not None}
+    return found
 
 
 def read_tensors(name, revision=None) -> dict:
@@ -198,6 +219,10 @@ def make_config(config_class, values: dict, where):
 def load(model_class, config_class, name, revision, dtype, block_size, dropout):
     """What GPT.from_pretrained says."""
     values, tensors = read_pretrained(name, revision)
+    if "score.weight" in tensors:
+        raise ValueError(f"{name} is a classifier, which writes no text; see what it makes of one "
+                         f"by: python finetune_cls.py --init_from={shlex.quote(str(name))} "
+                         '--predict "TEXT"')
     if dropout is not None:
         values["dropout"] = dropout
     config = make_config(config_class, values, name)
@@ -243,6 +268,7 @@ def save(model, defaults, folder, more: dict):
     config, state, tensors = vars(model.config), model.state_dict(), {}
     hf = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "layer_norm_epsilon": 1e-5}
     hf |= {theirs: config[ours] for ours, (theirs, _) in NAMES.items()}
+    hf["n_ctx"] = config["block_size"]  # an older name, which llama.cpp asks for
     hf |= dict.fromkeys(DROPOUTS, config["dropout"])
     hf["torch_dtype"] = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
     hf |= more
@@ -258,6 +284,9 @@ def save(model, defaults, folder, more: dict):
             zeros = tensor.new_zeros(tensor.size(-1))  # their modules always have a bias
             tensors[name.replace("weight", "bias")] = zeros
     save_safetensors(Path(folder) / "model.safetensors", tensors)
+    generation = {key: hf[key] for key in MODEL_IDS if key in hf}
+    generation["max_length"] = config["block_size"]  # else pipelines go on past the last position
+    write_text(Path(folder) / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     write_text(Path(folder) / "config.json", json.dumps(hf, indent=2) + "\n")
 
 

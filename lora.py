@@ -6,6 +6,7 @@ starts at random, B (out, rank) at zero. The files are those of the PEFT library
 
 import json
 import math
+import re
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import read_json, write_text
-from hf import open_safetensors, save_safetensors
+from hf import load_torch, named_tensors, open_safetensors, save_safetensors
 
+# PEFT's settings: with these values as here, without effect on a saved adapter, or read below. Any
+# other must be off.
+COMPUTED = {"peft_type": ("LORA",), "bias": ("none", None),
+            "init_lora_weights": (True, False, None, "gaussian", "orthogonal")}  # others change W
+HARMLESS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+            "fan_in_fan_out", "target_modules", "exclude_modules", "layers_to_transform",
+            "layers_pattern", "lora_dropout", "peft_version", "megatron_config", "megatron_core",
+            "qalora_group_size", "runtime_config", "r", "lora_alpha", "use_rslora", "rank_pattern",
+            "alpha_pattern")
 TARGETS = ("c_attn", "c_proj", "c_fc")  # all linear layers of the blocks
 
 
@@ -130,19 +140,34 @@ def save_adapter(model, folder, base_name: str):
 def load_adapter(model, folder):
     """Puts the adapters that `save_adapter` or PEFT wrote on a GPT, in place. ValueError for those
     of another base model, with the shapes, and for kinds that we would not compute."""
-    config = read_json(Path(folder) / "adapter_config.json")
-    known = {"peft_type": ["LORA"], "bias": ["none"],
-             "init_lora_weights": [True, False, "gaussian", "orthogonal"]}  # others change the base
-    for key in ("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern",
-                "modules_to_save", "trainable_token_indices", "alora_invocation_tokens"):
-        known[key] = [None, False, {}, []]
-    for key, fits in known.items():
-        if config.get(key, fits[0]) not in fits:
-            raise ValueError(f"{folder}: {key}={config[key]!r} is not supported, only {fits[0]!r}")
-    found = open_safetensors(Path(folder) / "adapter_model.safetensors")
+    folder = Path(folder)
+    config = read_json(folder / "adapter_config.json")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{folder} adapts a model for {config['task_type']}, with a head of its "
+                         "own; merge it by PEFT's merge_and_unload and save_pretrained, and give "
+                         "that folder to finetune_cls.py")
+    for key, value in config.items():
+        if not (value in COMPUTED[key] if key in COMPUTED else key in HARMLESS or not value):
+            raise ValueError(f"{folder}: {key}={value!r} is not supported; it may change what is "
+                             "computed")
+    found = read_adapter(folder)
     names = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in found}
     add_lora(model, config.get("r", 8), config.get("lora_alpha", 8),
              config.get("lora_dropout", 0.0), sorted(names))
+
+    def of_layer(key, name, default):  # patterns end a layer's name; the first that fits counts
+        patterns = config.get(key) or {}
+        return next((value for pattern, value in patterns.items()
+                     if re.match(rf"(.*\.)?({pattern})$", name)), default)
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRA):
+            layer.rank = of_layer("rank_pattern", name, layer.rank)
+            layer.alpha = of_layer("alpha_pattern", name, layer.alpha)
+            if config.get("use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(rank)
+                layer.alpha *= math.sqrt(layer.rank)
+            layer.lora_A = nn.Parameter(layer.weight.new_empty(layer.rank, layer.in_features))
+            layer.lora_B = nn.Parameter(layer.weight.new_empty(layer.out_features, layer.rank))
     ours = adapter_tensors(model)
     for key in sorted(ours | found):
         shape = list(found[key][0]) if key in found else "none"
@@ -154,3 +179,14 @@ def load_adapter(model, folder):
         if not tensor.is_floating_point():
             raise ValueError(f"{folder}: {key} is {tensor.dtype}, not a floating-point tensor")
         ours[key].copy_(tensor)
+
+
+def read_adapter(folder) -> dict:
+    """{name: (shape, function that reads it)} of an adapter's file, PEFT's newer or older one."""
+    if (folder / "adapter_model.safetensors").is_file():
+        return open_safetensors(folder / "adapter_model.safetensors")
+    older = folder / "adapter_model.bin"
+    if not older.is_file():
+        raise ValueError(f"{folder} has an adapter_config.json, but no adapter_model.safetensors "
+                         "and no adapter_model.bin")
+    return named_tensors(older, load_torch(older))

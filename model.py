@@ -45,8 +45,8 @@ class GPTConfig:
             if not 0 < getattr(self, name) <= most:
                 raise ValueError(f"{name} must be in 1 … {most}, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            divisors = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            near = min(divisors, key=lambda n: abs(n - self.n_head))
+            near = min((n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0),
+                       key=lambda n: abs(n - self.n_head))
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}; "
                              f"n_head={near} would")
         if not 0 <= self.dropout < 1:
@@ -140,6 +140,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, untrained = config, nn.Embedding.from_pretrained
+        self.num_tokens = config.vocab_size  # fewer where rows only fill up the matrix
         self.transformer = nn.ModuleDict({
             # not nn.Embedding(): it would draw its own numbers first, and slowly on "meta"
             "wte": untrained(torch.empty(config.vocab_size, config.n_embd), False),
@@ -225,8 +226,8 @@ class GPT(nn.Module):
         return None, self.loss(x.flatten(0, 1), targets.flatten())
 
     def next_logits(self, idx, attention_mask, cache: KVCache):
-        """Logits (B, V) of the token that follows; the arguments are those of `hidden`."""
-        return self.logits(self.hidden(idx, attention_mask, cache)[:, -1])
+        """Logits (B, num_tokens) of the token that follows; the arguments are those of `hidden`."""
+        return self.logits(self.hidden(idx, attention_mask, cache)[:, -1])[:, :self.num_tokens]
 
     # ---- sampling ----
 
@@ -235,11 +236,11 @@ class GPT(nn.Module):
                  generator: torch.Generator | None = None, attention_mask=None):
         """Continues the prompts idx (B, T); returns (B, T + n), n <= max_new_tokens.
 
-        temperature 0 is greedy. top_k keeps the k most likely tokens, top_p the fewest whose
-        probability reaches p (Holtzman et al. 2020), after top_k. A row ends at eos_id (one id or
-        several) and is filled with it. Shorter prompts are left-padded, with 0 in attention_mask
-        (B, T). Each row has random numbers of its own, seeded from `generator` (None: torch's), so
-        that no row depends on the others. ValueError for a setting out of range.
+        temperature 0 is greedy. top_k keeps the k most likely tokens, then top_p the fewest whose
+        probability reaches p (Holtzman et al. 2020). A row ends at eos_id (or one of several) and
+        is filled with it. Shorter prompts are left-padded, with 0 in attention_mask (B, T). Each
+        row draws its own numbers, seeded from `generator` (None: torch's). ValueError for a setting
+        out of range.
         """
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, eos_id, generator,
                              attention_mask)
@@ -250,10 +251,9 @@ class GPT(nn.Module):
                generator=None, attention_mask=None):
         """Yields the tokens of `generate`, (B,) at a time. Past block_size the window moves: its
         older half is dropped and the cache rebuilt."""
-        check_sampling(self.config, idx, max_new_tokens, temperature, top_k, top_p)
+        check_sampling(idx, max_new_tokens, temperature, top_k, top_p, attention_mask)
         B, block_size, mask = idx.size(0), self.config.block_size, attention_mask
-        no_stop = eos_id is None or eos_id == []
-        stop = torch.tensor(-1 if no_stop else eos_id, device=idx.device).view(-1)
+        stop = torch.tensor(-1 if eos_id in (None, []) else eos_id, device=idx.device).view(-1)
         if temperature > 0:  # all of a row's random numbers now: one uniform number for each token
             where = generator.device if generator else "cpu"
             seed = torch.randint(2**62, (1,), generator=generator, device=where).item()
@@ -309,16 +309,18 @@ class GPT(nn.Module):
         hf.save(self, GPTConfig(), folder, {"bos_token_id": eos_id, "eos_token_id": eos_id} | more)
 
 
-def check_sampling(config, idx, max_new_tokens, temperature, top_k, top_p):
+def check_sampling(idx, max_new_tokens, temperature, top_k=None, top_p=None, mask=None):
     """ValueError, with the range, for a sampling setting out of it."""
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError("attention_mask ends in 0: prompts are padded on the left, not the right")
     if idx.ndim != 2 or not idx.numel():
         raise ValueError(f"a prompt must be (B, T) with T >= 1, got shape {tuple(idx.shape)}")
     if not 1 <= max_new_tokens <= 2**24:
         raise ValueError(f"max_new_tokens must be in 1 … {2**24}, got {max_new_tokens}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(f"top_k must be in 1 … {config.vocab_size} (the vocabulary), got {top_k}")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k must be 1 or more, or 0 for all tokens, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
 
@@ -329,9 +331,9 @@ def draw(logits, u, temperature: float, top_k: int | None, top_p: float | None):
     logits, device = logits.to(u.device, torch.float32), logits.device
     logits = logits - logits.amax(-1, keepdim=True)  # a tiny temperature is greedy, not an overflow
     probs, ids = (logits / max(temperature, 1e-30)).softmax(-1), None
-    if top_k is not None or top_p is not None and top_p < 1:
+    if top_k or top_p is not None and top_p < 1:
         # exactly k of them, largest first: equal logits at the k-th place do not widen the choice
-        probs, ids = probs.topk(top_k or probs.size(-1))
+        probs, ids = probs.topk(min(top_k or probs.size(-1), probs.size(-1)))
         if top_p is not None:  # a token stays while those before it are short of p
             before = probs.cumsum(-1, dtype=torch.float64) - probs
             probs = probs.where(before < top_p * probs.sum(-1, keepdim=True), 0)

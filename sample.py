@@ -46,7 +46,7 @@ def encode_prompt(text: str, tok, block_size: int) -> list[int]:
     One longer than the context keeps its last tokens, with a note."""
     if text.startswith("FILE:"):
         text = read_text(text[5:])
-    ids = tok.encode(text).tolist() or [tok.start_id]
+    ids = tok.encode(text, special=True).tolist() or [tok.start_id]
     if len(ids) > block_size:
         print(f"note: the prompt has {len(ids)} tokens, the context {block_size}: "
               "its last ones are kept")
@@ -71,15 +71,15 @@ def write(model, tok, text: str, number: int, template: str | None = None):
         prompt = ""
     else:
         ids = encode_prompt(text, tok, T)
-        prompt = tok.decode([i for i in ids if i != tok.eos_id])
+        prompt = tok.decode([i for i in ids if i not in (tok.eos_id, tok.bos_id)])
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
-    options = (max_new_tokens, temperature, top_k, top_p, tok.eos_id,
+    options = (max_new_tokens, temperature, top_k, top_p, tok.stop_ids,
                torch.Generator().manual_seed(seed + number))
     clock, count = time.perf_counter(), 0
     if num_beams > 1:
-        ids, scores = beam_search(model, idx, max_new_tokens, num_beams, length_penalty, tok.eos_id)
+        ids, scores = beam_search(model, idx, max_new_tokens, num_beams, length_penalty, tok.stop_ids)
         count = ids.size(1) - idx.size(1)
-        new = [i for i in ids[0, idx.size(1):].tolist() if i != tok.eos_id]
+        new = [i for i in ids[0, idx.size(1):].tolist() if i not in tok.stop_ids]
         print(f"{prompt}{tok.decode(new)}\n(score {scores[0].item():.4f})")
     elif num_samples == 1:
         print(prompt, end="", flush=True)
@@ -89,7 +89,7 @@ def write(model, tok, text: str, number: int, template: str | None = None):
     else:
         new = model.generate(idx.expand(num_samples, -1), *options)[:, idx.size(1):].tolist()
         for n, row in enumerate(new, 1):
-            ids = row[:row.index(tok.eos_id)] if tok.eos_id in row else row
+            ids = list(itertools.takewhile(lambda i: i not in tok.stop_ids, row))
             count += min(len(ids) + 1, len(row))
             print(f"--- {n}\n{prompt}{tok.decode(ids)}")
     seconds = time.perf_counter() - clock

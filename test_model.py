@@ -275,12 +275,14 @@ def test_draw_follows_the_distribution_top_k_and_top_p():
     assert (frequencies(top_p=0.6) > 0).tolist() == [True, True, False, False, False]
     assert (frequencies(top_p=0.5) > 0).tolist() == [True, False, False, False, False]
     assert (frequencies(top_p=1.0) > 0).all()
+    assert all((frequencies(top_k=k) > 0).all() for k in (0, 99))  # off, and all there are
     assert (frequencies(top_k=3, top_p=0.9) > 0).tolist() == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize(("options", "word"), [
     ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
-    ({"top_k": 98}, "97"), ({"top_k": 0}, "top_k"), ({"max_new_tokens": 0}, "max_new_tokens")])
+    ({"top_k": -1}, "top_k"), ({"max_new_tokens": 0}, "max_new_tokens"),
+    ({"attention_mask": torch.tensor([[1] * 9 + [0]] * 3)}, "padded on the left")])
 def test_sampling_settings_out_of_range(options, word):
     with pytest.raises(ValueError, match=word):
         tiny().generate(ids(), **{"max_new_tokens": 3} | options)
@@ -378,12 +380,12 @@ def edit(path, **changes):
     ({"n_inner": 100}, "n_inner"), ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
-    ({"scale_attn_weights": False}, "scale_attn_weights"), ({"attn_pdrop": 0.3}, "attn_pdrop"),
+    ({"scale_attn_weights": False}, "scale_attn_weights"),
     ({"model_type": "llama"}, "llama"), ({"activation_function": "relu"}, "relu"),
     ({"n_embd": 64}, r"transformer\.wte\.weight.*\(97, 32\)"), ({"n_layer": 4}, r"h\.3\."),
     ({"n_layer": 2}, r"h\.2\."), ({"n_layer": -1}, "n_layer"), ({"vocab_size": "97"}, "vocab_size"),
     ({"n_embd": 10**12}, "n_embd"), ({"n_head": 5}, "n_head=5"), ({"n_layer": 10**9}, "n_layer"),
-    ({"resid_pdrop": []}, "differ"), ({"n_embd": None, "n_inner": 5}, "n_inner"),
+    ({"resid_pdrop": []}, "dropout"), ({"n_embd": None, "n_inner": 5}, "n_inner"),
     ({"n_positions": 20}, r"wpe\.weight"), ({"n_embd": 2**40, "n_head": 1}, "n_embd")])
 def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path, change, word):
     tiny().save_pretrained(tmp_path)

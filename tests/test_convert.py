@@ -1,5 +1,6 @@
 """Exports that transformers loads, nanoGPT's checkpoints, hub names from a local cache."""
 
+import json
 import os
 import pickle
 import sys
@@ -8,17 +9,19 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import convert
 import train
 from checkpoint import load_model
 from configurator import command_line, configure, find_settings
 from data import Data, write_data
+from decode import beam_search
 from hf import load_torch
 from lora import add_lora, merge, save_adapter, unmerge
 from model import GPT, MLP, GPTConfig
 from test_model import ids, tiny, tiny_hf
-from tokenizer import char_tokenizer, open_tokenizer
+from tokenizer import char_tokenizer, from_json, open_tokenizer
 
 transformers = pytest.importorskip("transformers")
 DEFAULTS, TRAIN_DEFAULTS = ({name: default for name, (default, _, _) in find_settings(
@@ -197,12 +200,29 @@ def test_nanogpt_characters(tmp_path):
     with pytest.raises(ValueError, match="refused"):
         Data(str(folder))
     assert not (tmp_path / "exploded").exists()
-    for raw in (pickle.dumps({"itos": {0: "a", 1: 3}}), pickle.dumps({"itos": {0: "a", 1: "bc"}}), b"",
-                pickle.dumps({"itos": {0: "b", 1: "a"}}), b"I12a\n.", b"X\x01\0\0\0\xff.", b"\xff\xfe"):
+    for raw in (pickle.dumps({"itos": {0: "a", 1: 3}}), pickle.dumps({"itos": {0: "a", 2: "b"}}), b"",
+                b"I12a\n.", b"X\x01\0\0\0\xff.", b"\xff\xfe"):
         (folder / "meta.pkl").write_bytes(raw)
         with pytest.raises(ValueError, match=r"meta\.pkl is no meta\.pkl of nanoGPT's") as e:
             Data(str(folder))
         assert type(e.value) is ValueError
+
+
+@pytest.mark.parametrize("meta, ids, text", [
+    ({"itos": {0: "b", 1: "a"}}, [0, 1, 1], "baa"),  # in any order
+    ({"stoi": {"b": np.int64(1), "a": np.int64(0)}}, [0, 1, 0], "aba"),
+    ({"itos": ["the", "cat", "sat"]}, [0, 1, 2, 0], "the cat sat the"),
+    ({"vocab_size": 300}, [7, 299], "<7> <299>")])
+def test_other_vocabularies_of_nanogpt(tmp_path, meta, ids, text):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    tok = open_tokenizer(tmp_path / "meta.pkl")
+    assert tok.decode(ids) == text and tok.encode(text).tolist() == ids
+    assert tok.eos_id is None and tok.vocab_size == meta.get("vocab_size", max(ids) + 1)
+    again = from_json(tok.to_json())
+    assert again.decode(ids) == text and again.to_json() == tok.to_json()
+    if len(text) > 3:
+        with pytest.raises(ValueError, match="cannot encode"):
+            tok.encode("unknown")
 
 
 def test_what_cannot_be_converted(tmp_path):
@@ -214,7 +234,7 @@ def test_what_cannot_be_converted(tmp_path):
         with pytest.raises(ValueError, match=word):
             run_convert(*argv)
     tiny().save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match="50257 ids, the model .* has 97"):
+    with pytest.raises(ValueError, match="m has no tokenizer, and its 97 rows are not"):
         run_convert(f"--input={tmp_path}/m", f"--out={tmp_path}/o")
     assert not (tmp_path / "o").exists()
 
@@ -280,3 +300,115 @@ def test_command_line(monkeypatch):
                                      "--init-from=y", "--eval_only"])
     assert command_line(init_from="resume") == (
         "python train.py config/x.py --seed=2 --eval_only --init_from=resume")
+
+
+# ---- what other people's files say, and what becomes of it ----
+
+def their_model(folder, **config):
+    """A GPT-2 of transformers with random weights, saved."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=272, n_positions=32, n_embd=16, n_layer=2, n_head=2, **config)
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def rewrite(folder, change):
+    """Puts tensors that `change` made of a model's own into its file."""
+    path = folder / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in change(load_file(path)).items()}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("said", [None, True, False])
+@pytest.mark.parametrize("head", ["other", "same"])
+def test_a_separate_head_is_kept(tmp_path, said, head):
+    their_model(tmp_path)
+    new = torch.randn(272, 16).double()
+    rewrite(tmp_path, lambda t: t | {
+        "lm_head.weight": new if head == "other" else t["transformer.wte.weight"].clone()})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    config |= {} if said is None else {"tie_word_embeddings": said}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).double()
+    model, x = GPT.from_pretrained(tmp_path), torch.arange(20)[None]
+    assert (model(x)[0] - theirs(x).logits).abs().max() < 1e-9
+    assert model.config.tie_word_embeddings == (head == "same" and said is not False)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "again")(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module."])
+def test_prefixes_and_old_configs(tmp_path, prefix):
+    theirs, x = their_model(tmp_path, resid_pdrop=0.3), torch.arange(20)[None]
+    rewrite(tmp_path, lambda t: {f"{prefix}{k}": v for k, v in t.items()})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model_type"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert (GPT.from_pretrained(tmp_path)(x)[0] - theirs(x).logits).abs().max() < 1e-9
+
+
+STOPS = {"eos_token_id": [3, 5], "bos_token_id": 7, "pad_token_id": 4}
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_what_stops_begins_and_pads_comes_from_the_models_files(tmp_path, file):
+    """And rows past the tokenizer's ids are kept, but never drawn."""
+    theirs = their_model(tmp_path / "m", bos_token_id=None, eos_token_id=None)
+    char_tokenizer([chr(97 + i) for i in range(20)]).save(tmp_path / "m")
+    config = tmp_path / "m" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "{{ x }}", "mask_token": "b"}))
+    said = json.loads((tmp_path / "m" / file).read_text()) if (tmp_path / "m" / file).exists() else {}
+    (tmp_path / "m" / file).write_text(json.dumps(said | STOPS | {"note": 1}))
+    model, tok = load_model(tmp_path / "m")
+    assert (tok.stop_ids, tok.bos_id, tok.pad_id, tok.eos_id) == ([3, 5], 7, 4, 3) and tok.start_id == 7
+    drawn = model.generate(torch.tensor([[1]]).expand(50, -1), 20, eos_id=tok.stop_ids)
+    assert drawn.max() < 20 and (drawn == 5).any()
+    beams = beam_search(model, torch.tensor([[1, 2]]), 8, 3, eos_id=tok.stop_ids)[0]
+    assert beams.max() < 20
+    run_convert(f"--input={tmp_path}/m", f"--out={tmp_path}/o")
+    for name in ("config.json", "generation_config.json"):
+        assert STOPS.items() <= json.loads((tmp_path / "o" / name).read_text()).items()
+    exported, x = transformers.AutoTokenizer.from_pretrained(tmp_path / "o"), torch.arange(20)[None]
+    assert exported.chat_template == "{{ x }}" and exported.mask_token == "b"
+    assert exported.model_max_length == 32 and exported.padding_side == "left"
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "o").double()
+    assert (loaded(x).logits - theirs(x).logits).abs().max() < 1e-9
+    greedy = loaded.generate(torch.tensor([[1, 2]]), max_length=30, do_sample=False)
+    assert greedy.max() < 272 and loaded.generation_config.eos_token_id == [3, 5]
+
+
+def test_fewer_rows_than_ids(tmp_path):
+    their_model(tmp_path)
+    char_tokenizer([chr(97 + i) for i in range(300)]).save(tmp_path)
+    with pytest.raises(ValueError, match=r"\(char\) has 300 ids, the model in .* only 272 rows"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["spiece.model", "vocab.txt", "tokenizer.model"])
+def test_tokenizers_that_nothing_here_reads(tmp_path, file):
+    tiny(vocab_size=50257).save_pretrained(tmp_path)
+    (tmp_path / file).write_text("x")
+    with pytest.raises(ValueError, match=f"its tokenizer is {file}, which is not read here"):
+        load_model(tmp_path)
+
+
+def test_a_classifier_is_no_language_model(tmp_path):
+    config = transformers.GPT2Config(vocab_size=300, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a classifier.* finetune_cls.py --init_from=.* --predict"):
+        load_model(tmp_path)
+
+
+def test_weights_only(tmp_path, capsys):
+    args = {"block_size": 8, "vocab_size": 33, "n_layer": 1, "n_head": 1, "n_embd": 8, "dropout": 0.0, "bias": True}
+    model = GPT(GPTConfig(**args, activation="gelu"))
+    state = model.state_dict() | {"lm_head.weight": model.transformer.wte.weight}
+    torch.save({"model_args": args, "model": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "ckpt.pt")
+    run_convert(f"--input={tmp_path}/ckpt.pt", f"--out={tmp_path}/o")
+    assert "weights only" in capsys.readouterr().out and "weights only" in (tmp_path / "o" / "README.md").read_text()
+    x = torch.arange(8)[None]
+    assert (GPT.from_pretrained(tmp_path / "o")(x)[0] - model(x)[0]).abs().max() < 1e-6

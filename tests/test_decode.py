@@ -220,7 +220,7 @@ def test_sample_script(tmp_path, monkeypatch, capsys):
     text = write("--interactive", "--start=zero")
     assert text.count("tokens/s") == 4 and "zero" in text and "one" in text and "error: " in text
     for flag, word in (("--temperature=-1", "temperature"), ("--top_p=2", "top_p"),
-                       ("--top_k=257", "256"), ("--max_new_tokens=0", "max_new_tokens"),
+                       ("--top_k=-1", "top_k"), ("--max_new_tokens=0", "max_new_tokens"),
                        ("--num_beams=0", "num_beams"), ("--quantize=int4", "int4"),
                        ("--tokenizer=gpt2", "50257 ids"), ("--start=FILE:/none.txt", "/none.txt"),
                        ("--instruct=Add.", "--start")):
