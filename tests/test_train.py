@@ -539,7 +539,7 @@ def test_a_replacement_that_was_killed_is_finished(shared, tmp_path):
                 patched.setattr(os, name, lambda *a, real=real, **k: (kill("os.remove", a), real(*a, **k))[1])
             with suppress(KeyboardInterrupt):
                 checkpoint.replace_run(out)
-        checkpoint.finish_replacing(out)
+        checkpoint.replace_run(out)
         assert (out / "ckpt.pt").read_text() == (out / "best" / "config.json").read_text() == "new"
         assert sorted(p.name for p in out.iterdir()) == [
             "best", "ckpt.pt", "metrics.jsonl", "new.txt", "old.txt"]
