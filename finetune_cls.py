@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import check_data, load_model, open_run, save_best
 from configurator import run as run_script
@@ -91,6 +92,7 @@ FROM_ONE = ("batch_size", "accumulation", "log_interval", "max_tokens", "patienc
 CHOICES = {"style": ("head", "cloze"), "keep": ("head", "tail")}
 FIXED = ("seed", "mode", "style", "prompt", "verbalizers", "keep", "lowercase", "max_tokens",
          "train_blocks", "lora_rank", "lora_alpha", "batch_size", "optimizer")  # of a resumed run
+HEADLINE = ("accuracy", "macro_f1", "positive_f1")  # of results.json, also without a split's name
 NO_LABEL = ("", "None", "nan")  # null is None
 EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
 
@@ -223,11 +225,9 @@ def encode(examples: list[Example], tokenizer, T: int) -> tuple[list[np.ndarray]
 def collate(rows, device):
     """ids (B, T), padded on the right to the longest row: causal attention needs no mask for that,
     whatever stands there; and last (B,), where each row ends."""
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = row
+    ids = pad_sequence([torch.from_numpy(row.astype(np.int64)) for row in rows], batch_first=True)
     last = torch.tensor([len(row) - 1 for row in rows])
-    return torch.from_numpy(ids).to(device), last.to(device)
+    return ids.to(device), last.to(device)
 
 
 def epoch_batches(lengths, epoch: int) -> list[np.ndarray]:
@@ -563,13 +563,11 @@ def main():
         path = run.folder / f"predictions_{name}.csv"
         found = evaluate(best, path, splits[name], rows[name], names, env)
         results |= {f"{name}_{key}": value for key, value in found.items()}
-        if found:
-            results["split"] = name  # test, if it has labels
-    for key in ("accuracy", "macro_f1", "positive_f1"):
-        if f"dev_{key}" in results:
-            results[key] = results[f"{results['split']}_{key}"]
+        if found:  # of test, if it has labels
+            results |= {"split": name, **{key: found[key] for key in HEADLINE if key in found}}
+            confusion = found["confusion"]
     if env.rank == 0:
-        draw(run.folder / "confusion.png", results[f"{results['split']}_confusion"], names)
+        draw(run.folder / "confusion.png", confusion, names)
         run.metrics.plot(unit="text")
     run.results(results)
     env.say(f"{run.step:,} steps in {run.elapsed_s:.0f} s, {texts_per_s:.1f} texts/s\n"
