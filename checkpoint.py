@@ -60,9 +60,9 @@ def save_checkpoint(path: Path, checkpoint: dict, keep: int = 1, last_step: int 
 
 
 def read_checkpoint(path: Path, **more: type) -> dict:
-    """A checkpoint whose every byte was verified. ValueError in one line for one that is damaged,
-    or lacks a field of every checkpoint or one of `more`, this script's own."""
-    checkpoint = OLDER | load_torch(path, verify=True)
+    """A checkpoint whose every byte was verified, and its "path". ValueError in one line for one
+    that is damaged, or lacks a field of every checkpoint or one of `more`, this script's own."""
+    checkpoint = OLDER | load_torch(path, verify=True) | {"path": path}
     for name, kind in (FIELDS | more).items():
         value = checkpoint.get(name)
         good = isinstance(value, kind) and not isinstance(value, bool)
@@ -74,9 +74,9 @@ def read_checkpoint(path: Path, **more: type) -> dict:
     return checkpoint
 
 
-def newest_checkpoint(out_dir: Path, say=print, **more: type):
-    """(path, checkpoint) of a run's folder: ckpt.pt or, if that is damaged, the one before it.
-    (None, None) where there is none. ValueError where neither is whole."""
+def newest_checkpoint(out_dir: Path, say=print, **more: type) -> dict | None:
+    """The checkpoint in a run's folder: ckpt.pt or, if that is damaged, the one before it. None
+    where there is none, ValueError where neither is whole."""
     faults = []
     for path in checkpoints(out_dir)[:2]:
         try:
@@ -86,11 +86,11 @@ def newest_checkpoint(out_dir: Path, say=print, **more: type):
             continue
         if faults:
             say(f"{faults[0]}; going on from {path}")
-        return path, checkpoint | {"path": path}
+        return checkpoint
     if faults:
         raise ValueError(f"{'; nor can the older one be read: '.join(faults)}; bring one back, or "
                          "begin anew with --init_from=scratch --overwrite")
-    return None, None
+    return None
 
 
 def check_settings(path: Path, old: dict, new: dict, names):
@@ -101,9 +101,10 @@ def check_settings(path: Path, old: dict, new: dict, names):
                              "that, or another --out_dir")
 
 
-def check_data(path: Path, checkpoint: dict, digest: str, name):
+def check_data(checkpoint: dict | None, digest: str, name):
     """ValueError where a resumed run would go on with other data, which would mix its splits."""
-    if checkpoint.get("data", digest) != digest:
+    if checkpoint is not None and checkpoint.get("data", digest) != digest:
+        path = checkpoint["path"]
         raise ValueError(f"{path} was trained on other data than {name} has now; bring that back, "
                          "or begin anew with another --out_dir and "
                          f"--init_from={path.parent / 'best'}")
@@ -161,10 +162,10 @@ def restore(checkpoint: dict, optimizer, scaler):
 
 # ---- the folder ----
 
-def open_run(env, out: Path, settings: dict, fixed, **fields: type):
-    """Locks a folder for this run; returns (path, checkpoint) of the run that it goes on with, or
-    (None, None). fixed: the settings that a resumed run cannot change; fields: what its checkpoint
-    holds beside those of every one. ValueError for a run that would be written over unasked."""
+def open_run(env, out: Path, settings: dict, fixed, **fields: type) -> dict | None:
+    """Locks a folder for this run; returns the checkpoint of the run that it goes on with, if any.
+    fixed: the settings that a resumed run cannot change; fields: what its checkpoint holds beside
+    those of every one. ValueError for a run that would be written over unasked."""
     init_from, overwrite = settings["init_from"], settings["overwrite"]
     resumes = init_from in ("resume", "auto")
     if overwrite and resumes:
@@ -172,12 +173,12 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type):
                          f"in {out}: give one of them")
     env.lock(out)
     if env.rank == 0:
-        finish_replacing(out)
+        replace_run(out)
     env.sum(0)  # the other ranks wait for that
     if resumes and checkpoints(out):
-        path, checkpoint = newest_checkpoint(out, env.say, **fields)
-        check_settings(path, checkpoint["settings"], settings, fixed)
-        return path, checkpoint
+        checkpoint = newest_checkpoint(out, env.say, **fields)
+        check_settings(checkpoint["path"], checkpoint["settings"], settings, fixed)
+        return checkpoint
     if init_from == "resume":
         raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start without --init_from=resume")
     kinds = ("ckpt*.pt", "results.json", "best/config.json")  # what is worth keeping
@@ -186,23 +187,18 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type):
         resume = "" if resumes else "go on with it by --init_from=resume, "
         raise ValueError(f"{out} holds a run already ({', '.join(found)}); {resume}give another "
                          "--out_dir, or write over it with --overwrite")
-    return None, None
+    return None
 
 
 def replace_run(out: Path):
     """Puts a new run, which until its first checkpoint or result writes into OUT/new, in the place
-    of what an old one left in the folder."""
-    for path in [path for kind in RUN_FILES for path in out.glob(kind)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    os.replace(out / "new", out / "new.whole")  # from here on there is only the new one
-    finish_replacing(out)
-
-
-def finish_replacing(out: Path):
-    """What a new run that was killed left to do, or to remove."""
+    of what an old one left in the folder. Finishes what one that was killed left to do, or removes
+    what it wrote."""
     new, whole = out / "new", out / "new.whole"
     if (new / "ckpt.pt").is_file() or (new / "results.json").is_file():
-        return replace_run(out)
+        for path in [path for kind in RUN_FILES for path in out.glob(kind)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        os.replace(new, whole)  # from here on there is only the new one
     shutil.rmtree(new, ignore_errors=True)
     if whole.is_dir():
         for path in whole.iterdir():

@@ -16,7 +16,6 @@ import csv
 import math
 import re
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import check_data, load_model, open_run, save_best
 from configurator import run as run_script
@@ -34,7 +34,7 @@ from hf import fitting_tensors, local_folder, make_config, read_pretrained
 from lora import set_trainable
 from model import GPT, GPTConfig
 from optim import build_optimizer
-from run import Run, figure, lr_scale
+from run import Run, figure
 from text import hub_rows, normalize, read_table
 from tokenizer import open_tokenizer
 
@@ -92,6 +92,7 @@ FROM_ONE = ("batch_size", "accumulation", "log_interval", "max_tokens", "patienc
 CHOICES = {"style": ("head", "cloze"), "keep": ("head", "tail")}
 FIXED = ("seed", "mode", "style", "prompt", "verbalizers", "keep", "lowercase", "max_tokens",
          "train_blocks", "lora_rank", "lora_alpha", "batch_size", "optimizer")  # of a resumed run
+HEADLINE = ("accuracy", "macro_f1", "positive_f1")  # of results.json, also without a split's name
 NO_LABEL = ("", "None", "nan")  # null is None
 EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
 
@@ -224,11 +225,9 @@ def encode(examples: list[Example], tokenizer, T: int) -> tuple[list[np.ndarray]
 def collate(rows, device):
     """ids (B, T), padded on the right to the longest row: causal attention needs no mask for that,
     whatever stands there; and last (B,), where each row ends."""
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = row
+    ids = pad_sequence([torch.from_numpy(row.astype(np.int64)) for row in rows], batch_first=True)
     last = torch.tensor([len(row) - 1 for row in rows])
-    return torch.from_numpy(ids).to(device), last.to(device)
+    return ids.to(device), last.to(device)
 
 
 def epoch_batches(lengths, epoch: int) -> list[np.ndarray]:
@@ -465,7 +464,7 @@ def main():
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
     if predict or predict_file:
         return classify(env)
-    path, checkpoint = open_run(env, out, settings, FIXED, data=str, base=str)
+    checkpoint = open_run(env, out, settings, FIXED, data=str, base=str)
     base = checkpoint["base"] if checkpoint else init_from
 
     # ---- the data and the model ----
@@ -481,8 +480,7 @@ def main():
         env.say(f"{name}: {len(split):,} texts, {sum(map(len, rows[name])):,} tokens, {note}")
     lengths = np.array([*map(len, rows["train"])])
     known = digest([names, [example[2:] for example in splits["train"] + splits["dev"]]])
-    if checkpoint is not None:
-        check_data(path, checkpoint, known, train_file or dataset)
+    check_data(checkpoint, known, train_file or dataset)
     set_trainable(gpt, mode, train_blocks, lora_rank, lora_alpha, lora_dropout)
     if not gpt.config.tie_word_embeddings:
         gpt.lm_head.requires_grad_(False)  # it takes no part
@@ -497,8 +495,7 @@ def main():
     # ---- the run ----
     update = build_optimizer(net, optimizer, learning_rate, weight_decay, (0.9, 0.999),
                              head=[net.head.weight], head_learning_rate=head_learning_rate)
-    schedule = partial(lr_scale, "linear", max_steps=max_steps, warmup_steps=round(0.1 * max_steps))
-    run = Run(env, out, net, update, settings, schedule, max_steps, per_epoch, checkpoint)
+    run = Run(env, out, net, update, settings, max_steps, per_epoch, checkpoint)
     del checkpoint
     model, cached = env.parallel(net), {}
     frozen = mode == "last_layer"
@@ -506,7 +503,7 @@ def main():
         clock = time.perf_counter()
         cached = {name: batched_forward(net, rows[name], env, True) for name in ("train", "dev")}
         seconds = time.perf_counter() - clock
-        run.elapsed += seconds
+        run.elapsed_s += seconds
         env.say(f"all features took {seconds:.1f} s; from now on only the linear layer is run")
 
     def evaluate_and_keep(epoch: int) -> dict:
@@ -549,8 +546,7 @@ def main():
         run.update(n, tokens=int(lengths[batch].sum()))
         run.log(**(evaluate_and_keep(epoch + 1) if run.evaluates else {}))
         if run.saves:
-            run.save(model=net.state_dict(), config=vars(gpt.config), tokenizer=tokenizer.to_json(),
-                     data=known, base=base)
+            run.save(config=vars(gpt.config), tokenizer=tokenizer.to_json(), data=known, base=base)
     if run.stopped:
         return env.close()
 
@@ -559,24 +555,22 @@ def main():
         raise ValueError("the loss on dev was never finite; lower --learning_rate")
     env.sum(0)  # the best model is on disk
     best, _ = load(run.folder, names, env)
-    texts_per_s = len(lengths) * run.step / per_epoch / run.elapsed if epochs else 0
-    results = {"best_epoch": run.best[-1], "seconds": run.elapsed, "seed": seed, "classes": names,
+    texts_per_s = len(lengths) * run.step / per_epoch / run.elapsed_s if epochs else 0
+    results = {"best_epoch": run.best[-1], "seconds": run.elapsed_s, "seed": seed, "classes": names,
                "parameters": parameters, "trained_parameters": trained_parameters,
                "updates": run.step, "texts_per_s": texts_per_s}
     for name in sorted(splits.keys() - {"train"}):
         path = run.folder / f"predictions_{name}.csv"
         found = evaluate(best, path, splits[name], rows[name], names, env)
         results |= {f"{name}_{key}": value for key, value in found.items()}
-        if found:
-            results["split"] = name  # test, if it has labels
-    for key in ("accuracy", "macro_f1", "positive_f1"):
-        if f"dev_{key}" in results:
-            results[key] = results[f"{results['split']}_{key}"]
+        if found:  # of test, if it has labels
+            results |= {"split": name, **{key: found[key] for key in HEADLINE if key in found}}
+            confusion = found["confusion"]
     if env.rank == 0:
-        draw(run.folder / "confusion.png", results[f"{results['split']}_confusion"], names)
+        draw(run.folder / "confusion.png", confusion, names)
         run.metrics.plot(unit="text")
     run.results(results)
-    env.say(f"{run.step:,} steps in {run.elapsed:.0f} s, {texts_per_s:.1f} texts/s\n"
+    env.say(f"{run.step:,} steps in {run.elapsed_s:.0f} s, {texts_per_s:.1f} texts/s\n"
             f"classify: python finetune_cls.py --init_from={out} --predict \"…\"")
     env.close()
 

@@ -15,7 +15,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from functools import partial
 from itertools import zip_longest
 from os.path import commonprefix
 from pathlib import Path
@@ -36,7 +35,7 @@ from hf import local_folder
 from lora import save_adapter, set_trainable
 from model import GPT
 from optim import build_optimizer
-from run import Run, lr_scale
+from run import Run
 from text import hub_rows, prompt_ids, read_table
 
 # what and where
@@ -269,8 +268,7 @@ def table(rows: list[dict]) -> str:
 def main():
     settings, env, out = begin(globals(), FROM_ONE, CHOICES)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
-    path, checkpoint = open_run(env, out, settings, FIXED, before=float, base=str, template=str,
-                                data=str)
+    checkpoint = open_run(env, out, settings, FIXED, before=float, base=str, template=str, data=str)
 
     # ---- the model, resumed or pretrained ----
     if checkpoint is not None:
@@ -293,8 +291,7 @@ def main():
     # ---- the records ----
     records = read_records(data, env.say)
     known = digest(records)
-    if checkpoint is not None:
-        check_data(path, checkpoint, known, data)
+    check_data(checkpoint, known, data)
     rows, cuts = encode(records, tokenizer, form, T)
     numbers = split(records)
     train, dev, test = ([rows[i] for i in part] for part in numbers)
@@ -310,9 +307,7 @@ def main():
     # ---- the run ----
     net = AnswerLoss(raw_model)
     update = build_optimizer(raw_model, optimizer, learning_rate, weight_decay, (0.9, 0.999))
-    schedule = partial(lr_scale, "linear", max_steps=max_steps,
-                       warmup_steps=round(warmup_fraction * max_steps))
-    run = Run(env, out, raw_model, update, settings, schedule, max_steps,
+    run = Run(env, out, raw_model, update, settings, max_steps,
               eval_interval or max_steps // epochs, checkpoint)
     if run.step >= max_steps and (out / "results.json").is_file():
         env.say(f"{out} is finished: {run.step} steps, best dev loss {run.best[0]:.4f}; see "
@@ -344,8 +339,8 @@ def main():
         run.update(n)
         run.log(**(evaluate_and_keep() if run.evaluates else {}))
         if run.saves:
-            run.save(model=raw_model.state_dict(), before=before, base=base, template=form,
-                     config=vars(raw_model.config), tokenizer=tokenizer.to_json(), data=known)
+            run.save(config=vars(raw_model.config), tokenizer=tokenizer.to_json(), data=known,
+                     before=before, base=base, template=form)
     if run.stopped:
         return env.close()
 
@@ -369,12 +364,12 @@ def main():
         run.results({
             "split": "test", "records": len(test), **measures, "dev_loss": run.best[0],
             "perplexity_before": math.exp(min(before, 700)), "parameters": parameters,
-            "trained_parameters": trained, "tokens_per_s": run.tokens / run.elapsed,
-            "peak_memory_mb": peak and peak / 1e6, "seconds": run.elapsed, "seed": seed})
+            "trained_parameters": trained, "tokens_per_s": run.tokens / run.elapsed_s,
+            "peak_memory_mb": peak and peak / 1e6, "seconds": run.elapsed_s, "seed": seed})
         if num_answers:
             print(table(answered[:num_answers]))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
-        print(f"{run.step:,} steps in {run.elapsed:.0f} s; {len(test):,} test answers: {shown}\n"
+        print(f"{run.step:,} steps in {run.elapsed_s:.0f} s; {len(test):,} test answers: {shown}\n"
               f"all: {out / 'answers.jsonl'}; ask: python sample.py --init_from={out} --instruct …")
     env.close()
 

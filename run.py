@@ -13,7 +13,7 @@ The loop stays in the script:
                 save_best(run.folder, ...)
         run.log(**found)
         if run.saves:
-            run.save(model=..., ...)
+            run.save(...)          # what the script needs to go on
 """
 
 import gc
@@ -23,6 +23,7 @@ import os
 import signal
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,41 +32,46 @@ from checkpoint import fitting, replace_run, restore, save_checkpoint
 from configurator import command_line
 from files import naming, replacing, write_text
 
+COUNTS = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "skipped": 0,
+          "loss_sum": 0.0, "counted": 0}  # the last two: since the last row, of all ranks
+
 
 class Run:
-    """env: Device; out: the run's folder; settings: the script's; schedule(step) -> fraction of
-    every group's peak learning rate. An evaluation every eval_interval updates and after the last,
-    a line every settings["log_interval"]. checkpoint: to resume from. flops: of a token."""
+    """env: Device; out: the run's folder; settings: the script's. An evaluation every eval_interval
+    updates and after the last, a line every settings["log_interval"]. checkpoint: to resume from.
+    schedule(step) -> fraction of every group's peak learning rate; None: a linear warmup over
+    settings["warmup_fraction"] of the updates (a tenth), then linear to zero. flops: of a token."""
 
-    def __init__(self, env, out: Path, model, optimizer, settings: dict, schedule, max_steps: int,
-                 eval_interval: int, checkpoint: dict | None = None, flops: int | None = None):
-        self.env, self.out, self.optimizer, self.settings = env, out, optimizer, settings
-        self.schedule, self.max_steps, self.eval_interval = schedule, max_steps, eval_interval
+    def __init__(self, env, out: Path, model, optimizer, settings: dict, max_steps: int,
+                 eval_interval: int, checkpoint: dict | None = None, schedule=None,
+                 flops: int | None = None):
+        self.env, self.out, self.model, self.optimizer = env, out, model, optimizer
+        self.settings, self.max_steps, self.eval_interval = settings, max_steps, eval_interval
         self.flops, self.parameters = flops, [*model.parameters()]
-        self.step, self.tokens, self.elapsed, self.skipped = 0, 0, 0.0, 0
+        warmup = round(settings.get("warmup_fraction", 0.1) * max_steps)
+        self.schedule = schedule or partial(lr_scale, "linear", max_steps=max_steps,
+                                            warmup_steps=warmup)
         self.best, self.last_saved = (math.inf,), None
-        self.total, self.counted = 0.0, 0  # loss and targets since the last row, of all ranks
+        self.folder = out / "new" if checkpoint is None else out  # until the first save
+        vars(self).update({key: (checkpoint or COUNTS)[key] for key in COUNTS})
         if checkpoint is not None:
             with fitting(checkpoint["path"]):
                 model.load_state_dict(checkpoint["model"])
                 restore(checkpoint, optimizer, env.scaler)
-            self.step, self.tokens, self.elapsed, self.skipped, best, self.total, self.counted = (
-                checkpoint[key] for key in ("step", "tokens", "elapsed_s", "skipped", "best_loss",
-                                            "loss_sum", "counted"))
+            best = checkpoint["best_loss"]
             self.best = best if isinstance(best, tuple) else (best,)
-            self.last_saved = self.step if checkpoint["path"].name == "ckpt.pt" else None
+            if checkpoint["path"].name == "ckpt.pt":
+                self.last_saved = self.step
             if self.step < max_steps:
                 self.say_resumed(checkpoint["settings"])
-        self.loss_sum = torch.tensor(self.total if env.rank == 0 else 0.0, device=env.device)
-        self.updates, self.bad_in_a_row = [], 0  # (gradient's norm, source) since the last line
+        # of this rank, since the last row
+        self.losses = torch.tensor(self.loss_sum if env.rank == 0 else 0.0, device=env.device)
+        self.updates, self.bad_in_a_row = [], 0  # (step, norm, source) since the last line
         self.stopped = self.improved = self.evaluates = self.saves = False
         self.logs = True  # of an evaluation before the first step
-        self.row = {"step": self.step, "tokens": self.tokens, "elapsed_s": self.elapsed}
-        self.folder = out / "new" if checkpoint is None else out  # until the first save
-        self.metrics = self.wandb = None
+        self.row = {key: getattr(self, key) for key in ("step", "tokens", "elapsed_s")}
+        self.metrics = self.wandb = self.received = None
         if env.rank == 0:
-            if checkpoint is not None and self.step < max_steps:  # the results are of fewer steps
-                (out / "results.json").unlink(missing_ok=True)
             self.metrics = Metrics(self.folder, -1 if checkpoint is None else self.step)
             if settings.get("wandb_project"):
                 import wandb
@@ -79,13 +85,16 @@ class Run:
                    and name not in ("out_dir", "init_from", "verify", "overwrite")]
         if changed:
             self.env.say(f"changed since then: {', '.join(changed)}")
+        if self.env.rank == 0:
+            (self.out / "results.json").unlink(missing_ok=True)  # which are of fewer steps
 
     # ---- the loop ----
 
     def steps(self):
         """Yields the number of each update, counted from 0, with its learning rate set and torch
         seeded; ends after max_steps, or after the update in which a stop signal came."""
-        self.signal = StopSignal()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
         gc.collect()
         gc.freeze()  # else every full collection looks at all of torch, for milliseconds
         self.start_clock()
@@ -99,13 +108,20 @@ class Run:
                 if self.logs or self.stopped:  # evaluating and saving is not training
                     self.start_clock()
         finally:
-            self.signal.restore()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.stopped:
             goes_on = command_line(init_from="resume")
             if self.env.world > 1:
                 goes_on = "the same torchrun line and --init_from=resume"
-            name = self.signal.received or "a signal"
+            name = self.received or "a signal"
             self.env.say(f"stopped by {name} at step {self.step}; go on with: {goes_on}")
+
+    def receive(self, number, frame):
+        """Notes a stop signal, which is asked for after each update. A second Ctrl-C interrupts at
+        once; a second SIGTERM does not, as torchrun sends one, too."""
+        self.received = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start_clock(self):
         self.clock, self.clock_step, self.clock_tokens = time.perf_counter(), self.step, self.tokens
@@ -125,60 +141,62 @@ class Run:
         for the mean over the n targets of the whole update, of all micro-batches and ranks."""
         share = self.env.world / n  # DDP takes the mean over the ranks
         self.env.scaler.scale(loss * share).backward()
-        self.loss_sum += loss.detach()
+        self.losses += loss.detach()
 
     def update(self, n: int, tokens: int | None = None, source: str = ""):
         """One update from the gradients of n targets, made of so many tokens (None: n); sets what
         is due then: `evaluates`, `logs`, `saves`, `stopped`. source: where the batch stood, to be
         named if its gradient is not finite."""
-        env, grad_clip = self.env, self.settings.get("grad_clip", 1.0)
-        self.updates.append((env.update(self.optimizer, self.parameters, grad_clip), source))
-        self.step, self.counted = self.step + 1, self.counted + n
+        grad_clip = self.settings.get("grad_clip", 1.0)
+        norm = self.env.update(self.optimizer, self.parameters, grad_clip)
+        self.step += 1
+        self.counted += n
         self.tokens += n if tokens is None else tokens
+        self.updates.append((self.step, norm, source))
         last = self.step == self.max_steps
         self.evaluates = last or self.step % self.eval_interval == 0
         self.logs = self.evaluates or self.step % self.settings["log_interval"] == 0
-        self.stopped = env.any_rank(self.signal.received, self.logs) and not last
+        self.stopped = self.env.any_rank(self.received, self.logs) and not last
         self.saves = self.evaluates or self.stopped
         if self.logs or self.stopped:
             self.measure()
 
     def measure(self):
         """Makes the row of what is logged, over the updates since the last one."""
-        self.total = self.env.sum(self.loss_sum.item())[0]
-        norms = torch.stack([norm for norm, _ in self.updates]).tolist()
-        self.check(norms)
-        now = time.perf_counter()
-        seconds, self.elapsed = now - self.clock, self.elapsed + now - self.clock
+        self.loss_sum = self.env.sum(self.losses.item())[0]
+        norm = self.check()
+        seconds = time.perf_counter() - self.clock
+        self.elapsed_s += seconds
         speed, peak = (self.tokens - self.clock_tokens) / seconds, self.env.peak_flops()
         self.left = (self.max_steps - self.step) * seconds / (self.step - self.clock_step)
         mfu = speed * self.flops / (peak * self.env.world) if self.flops and peak else None
         self.row = {
-            "step": self.step, "tokens": self.tokens, "train_loss": self.total / self.counted,
-            "lr": self.settings["learning_rate"] * self.scale, "grad_norm": norms[-1],
+            "step": self.step, "tokens": self.tokens, "train_loss": self.loss_sum / self.counted,
+            "lr": self.settings["learning_rate"] * self.scale, "grad_norm": norm,
             "skipped": self.skipped or None, "tokens_per_s": speed, "mfu": mfu,
-            "elapsed_s": self.elapsed}
+            "elapsed_s": self.elapsed_s}
 
-    def check(self, norms: list[float]):
+    def check(self) -> float:
         """Counts the updates that were skipped as their gradient was not finite; ValueError after
-        max_skipped of them in a row."""
+        max_skipped of them in a row. Returns the norm of the last one's gradient."""
         finds_scale = self.env.scaler.is_enabled()  # float16 finds its scale by skipping some
         most = self.settings.get("max_skipped", 10) + (20 if finds_scale else 0)
-        sources, self.updates = [source for _, source in self.updates], []
-        for number, norm in enumerate(norms, self.step - len(norms) + 1):
-            source = sources.pop(0)
-            if math.isfinite(norm):
+        for step, norm, source in self.updates:
+            if norm.isfinite():
                 self.bad_in_a_row = 0
                 continue
-            self.bad_in_a_row, self.skipped = self.bad_in_a_row + 1, self.skipped + 1
+            self.bad_in_a_row += 1
+            self.skipped += 1
             if not finds_scale:
-                self.env.say(f"step {number}: the gradient is not finite, its update is skipped"
+                self.env.say(f"step {step}: the gradient is not finite, its update is skipped"
                              + source)
             if self.bad_in_a_row >= most:
                 raise ValueError(
                     f"the gradient was not finite in {self.bad_in_a_row} steps in a row, up to "
-                    f"step {number}; lower --learning_rate, and go on from the last checkpoint, if "
+                    f"step {step}; lower --learning_rate, and go on from the last checkpoint, if "
                     "there is one, with --init_from=resume")
+        self.updates = []
+        return norm.item()
 
     # ---- what is kept of it ----
 
@@ -200,8 +218,8 @@ class Run:
             self.metrics.log(**self.row, **measures)
         if self.wandb:
             self.wandb.log(self.row | measures, step=self.step)
-        self.loss_sum.zero_()
-        self.total, self.counted = 0.0, 0
+        self.losses.zero_()
+        self.loss_sum, self.counted = 0.0, 0
 
     def show(self, measures: dict):
         """The lines on the screen."""
@@ -227,10 +245,9 @@ class Run:
             self.metrics.sync()
             best = self.best[0] if len(self.best) == 1 else self.best
             save_checkpoint(self.folder / "ckpt.pt", {
-                "optimizer": self.optimizer.state_dict(), "scaler": self.env.scaler.state_dict(),
-                "step": self.step, "tokens": self.tokens, "elapsed_s": self.elapsed,
-                "best_loss": best, "skipped": self.skipped, "loss_sum": self.total,
-                "counted": self.counted, "settings": self.settings, **more},
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.env.scaler.state_dict(), "best_loss": best,
+                "settings": self.settings, **{key: getattr(self, key) for key in COUNTS}, **more},
                 self.settings.get("keep_checkpoints", 1), self.last_saved)
             self.metrics.plot()
         self.last_saved = self.step
@@ -247,7 +264,7 @@ class Run:
         """With its first save the run moves into its folder, and what an old one left goes."""
         if self.folder != self.out and self.env.rank == 0:
             replace_run(self.out)
-            self.metrics.move(self.out)
+            self.metrics.folder = self.out
         self.folder = self.out
 
 
@@ -313,33 +330,18 @@ def micro_batches(total_batch_tokens: int | None, batch_size: int, block_size: i
     return count
 
 
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop asks after each step, until `restore`. A
-    second Ctrl-C interrupts at once; a second SIGTERM does not, as torchrun sends one, too."""
-
-    def __init__(self):
-        self.received = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, frame):
-        self.received = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def restore(self):
-        """Signals end the process again."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 class Metrics:
     """OUT/metrics.jsonl, one JSON object for each logged step, and OUT/loss.png drawn from it."""
 
-    def __init__(self, out_dir: Path, resume_step: int = -1):
+    def __init__(self, folder: Path, resume_step: int = -1):
         """Starts an empty file or, given the step that a run resumes from, drops the later rows."""
-        self.path, self.png = out_dir / "metrics.jsonl", out_dir / "loss.png"
+        self.folder = folder
         self.rows = [row for row in self.read(self.path) if row["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "metrics.jsonl"
 
     @staticmethod
     def read(path: Path) -> list[dict]:
@@ -362,9 +364,13 @@ class Metrics:
         with naming(self.path), open(self.path, "rb+") as file:
             os.fsync(file.fileno())
 
+    def points(self, key: str) -> list[tuple]:
+        """(tokens, value) of the rows that have a measure."""
+        return [(row["tokens"], row[key]) for row in self.rows if key in row]
+
     def sketch(self, width: int = 72, height: int = 9) -> str:
         """The training loss as a curve of characters, for the terminal."""
-        points = [(row["tokens"], row["train_loss"]) for row in self.rows if "train_loss" in row]
+        points = self.points("train_loss")
         if len(points) < 2:
             return ""
         columns = [[] for _ in range(width)]
@@ -381,25 +387,20 @@ class Metrics:
         return "\n".join([*lines, f"{' ' * 8}└{'─' * width}",
                           f"{'training loss, 0':>24}{f'{points[-1][0]:,} tokens':>{width - 15}}"])
 
-    def move(self, out_dir: Path):
-        """Goes on in another folder, into which the files have been moved."""
-        self.path, self.png = out_dir / self.path.name, out_dir / self.png.name
-
     def plot(self, unit: str = "token"):
         """Losses, in nats per unit, over training tokens; a panel for each other measure."""
         from matplotlib.ticker import EngFormatter
         others = sorted({key for row in self.rows for key in row} - PLOTTED)
         panels = 1 + len(others)
-        with figure(self.png, (7, 2.4 + 1.8 * panels), panels) as axes:
+        with figure(self.folder / "loss.png", (7, 2.4 + 1.8 * panels), panels) as axes:
             top, *more = axes if others else [axes]
             styles = {"train_loss": {"label": "training", "lw": 0.8, "alpha": 0.6},
                       "val_loss": {"label": "validation", "lw": 1.8, "marker": "o", "ms": 3}}
             for key, style in styles.items():
-                points = [(row["tokens"], row[key]) for row in self.rows if key in row]
-                if points:
+                if points := self.points(key):
                     top.plot(*zip(*points), **style)
             for key, ax in zip(others, more):
-                ax.plot(*zip(*[(row["tokens"], row[key]) for row in self.rows if key in row]), lw=1)
+                ax.plot(*zip(*self.points(key)), lw=1)
                 ax.set(ylabel=key.removeprefix("val_"))
             last = next((row for row in reversed(self.rows) if "val_loss" in row), None)
             if last:

@@ -30,7 +30,7 @@ from files import read_text, write_text
 from lora import set_trainable
 from model import GPT, GPTConfig, check_sampling
 from optim import build_optimizer
-from run import Run, lr_scale
+from run import Run
 from text import ngrams, words
 from tokenizer import open_tokenizer
 
@@ -274,7 +274,7 @@ def main():
     if env.world > 1:
         raise ValueError("sonnet.py runs in one process: python sonnet.py, without torchrun")
     poems, prompts, gold, test = read_data(data_dir)
-    path, checkpoint = open_run(env, out, settings, FIXED, data=str)
+    checkpoint = open_run(env, out, settings, FIXED, data=str)
 
     # ---- the model: resumed, new or pretrained ----
     if checkpoint is not None:
@@ -293,8 +293,7 @@ def main():
     check_beams(model.config, num_beams, 1.0)
     encode(prompts | test, tok, T, whole=False)  # refused now rather than after training
     known = digest([rows, dev])
-    if checkpoint is not None:
-        check_data(path, checkpoint, known, data_dir)
+    check_data(checkpoint, known, data_dir)
     env.place(model)
     trained = set_trainable(model, mode, train_blocks, lora_rank, lora_alpha)
     env.say(f"{init_from}: {model.num_params():,} parameters, {trained:,} trained ({mode}); "
@@ -304,9 +303,7 @@ def main():
     per_epoch = math.ceil(len(rows) / batch_size)
     max_steps = epochs * per_epoch
     update = build_optimizer(model, optimizer, learning_rate, weight_decay, (0.9, 0.999))
-    schedule = partial(lr_scale, "linear", max_steps=max_steps,
-                       warmup_steps=round(warmup_fraction * max_steps))
-    run = Run(env, out, model, update, settings, schedule, max_steps, per_epoch, checkpoint)
+    run = Run(env, out, model, update, settings, max_steps, per_epoch, checkpoint)
     del checkpoint
 
     def evaluate_and_keep(epoch: int) -> dict:
@@ -333,8 +330,7 @@ def main():
         run.update(n)
         run.log(**(evaluate_and_keep(epoch + 1) if run.evaluates else {}))
         if run.saves:
-            run.save(model=model.state_dict(), config=vars(model.config), tokenizer=tok.to_json(),
-                     data=known)
+            run.save(config=vars(model.config), tokenizer=tok.to_json(), data=known)
     if run.stopped:
         return env.close()
 
@@ -373,7 +369,7 @@ def main():
     run.results({
         "split": "dev", **row, "decoding": decoding, "dev_loss": dev_loss, "bits_per_byte": dev_bpb,
         "best_epoch": epoch, "baselines": others, "tried": named, "poems": each,
-        "seconds": run.elapsed, "seed": seed})
+        "seconds": run.elapsed_s, "seed": seed})
     print(f"{finished[min(finished)]}\n\n{best}: the {len(finished)} test poems are in "
           f"{out / 'generated_sonnets.txt'}")
     env.close()

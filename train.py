@@ -13,7 +13,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -187,15 +186,15 @@ def network_settings(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name in names}
 
 
-def resumed_model(path: Path, checkpoint: dict, settings: dict, data) -> GPT:
+def resumed_model(checkpoint: dict, settings: dict, data) -> GPT:
     """The network of a checkpoint; ValueError where the run could not go on with it as it was."""
-    network = network_settings(settings)
+    path, network = checkpoint["path"], network_settings(settings)
     old = vars(GPTConfig()) | checkpoint["config"]  # which lacks what the code has learned since
     check_settings(path, old, network, network.keys() - {"dropout"})
     if checkpoint["tokenizer"] != data.tokenizer().to_json():
         raise ValueError(f"{path} was trained with another tokenizer than {dataset} has now; "
                          "bring that back, or give another --out_dir")
-    check_data(path, checkpoint, data.fingerprint(), dataset)
+    check_data(checkpoint, data.fingerprint(), dataset)
     return saved_model(checkpoint, dropout)[0]
 
 
@@ -234,18 +233,18 @@ def main():
     data = Data(dataset, verify)
     if data.val.tokens < 2:
         raise ValueError("the validation split has 1 token, it needs 2 to be evaluated")
-    path = checkpoint = None
+    checkpoint = None
     if not eval_only:
         accumulation = micro_batches(total_batch_tokens, batch_size, block_size, env.world)
-        path, checkpoint = open_run(env, out, settings, ["dataset", "optimizer"], windows=int)
+        checkpoint = open_run(env, out, settings, ["dataset", "optimizer"], windows=int)
     elif init_from in ("resume", "auto"):
-        path, checkpoint = newest_checkpoint(out, say, windows=int)
+        checkpoint = newest_checkpoint(out, say, windows=int)
         if checkpoint is None:
             raise ValueError(f"there is no checkpoint in {out}; name a model with --init_from")
 
     # ---- the model: new, resumed or pretrained ----
     if checkpoint is not None:
-        raw_model = resumed_model(path, checkpoint, settings, data)
+        raw_model = resumed_model(checkpoint, settings, data)
     else:
         raw_model = first_model(settings, data)
     config, tokenizer = raw_model.config, data.tokenizer()
@@ -265,8 +264,8 @@ def main():
                              adamw_learning_rate, momentum)
     schedule = partial(lr_scale, lr_schedule, max_steps=max_steps, warmup_steps=warmup_steps,
                        min_scale=min_lr_scale, decay_fraction=decay_fraction)
-    run = Run(env, out, raw_model, update, settings, schedule, max_steps, eval_interval,
-              checkpoint, raw_model.flops_per_token(block_size))
+    run = Run(env, out, raw_model, update, settings, max_steps, eval_interval, checkpoint,
+              schedule, raw_model.flops_per_token(block_size))
     windows = 0  # of training text that have been read
     if env.sum(run.step)[0] != run.step * env.world:
         raise ValueError(f"the ranks found different checkpoints in {out}: it must be a folder "
@@ -334,12 +333,12 @@ def main():
         if run.evaluates and sample_tokens and env.rank == 0:
             print(f"--- a sample\n{sample_text(raw_model, tokenizer, sample_tokens)}\n---")
         if run.saves:
-            run.save(model=raw_model.state_dict(), windows=windows, config=vars(config),
-                     tokenizer=tokenizer.to_json(), data=data.fingerprint(), command=command_line())
+            run.save(windows=windows, config=vars(config), tokenizer=tokenizer.to_json(),
+                     data=data.fingerprint(), command=command_line())
 
     if env.rank == 0 and not run.stopped:
         print(f"{run.metrics.sketch()}\ndone: {run.step:,} steps, {run.tokens:,} tokens, "
-              f"{duration(run.elapsed)} of training, best validation loss {run.best[0]:.4f}\n"
+              f"{duration(run.elapsed_s)} of training, best validation loss {run.best[0]:.4f}\n"
               f"loss curve: {out / 'loss.png'}; text: python sample.py --init_from={out}")
     env.sum(0)  # rank 0 may still be writing
     env.close()

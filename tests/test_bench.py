@@ -1,20 +1,18 @@
 """The benchmark's parts that run in seconds; its figures are not tests."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from test_train import script
+from conftest import HERE, defaults, python
 
 import bench
 from checkpoint import save_best
-from configurator import configure, find_settings
+from configurator import configure
 from model import GPT, GPTConfig
 from tokenizer import open_tokenizer
 
-HERE = Path(__file__).resolve().parent.parent
-DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(bench)).items()}
+DEFAULTS = defaults(bench)
 
 
 def run_bench(*argv):
@@ -35,7 +33,7 @@ def test_instructions_beside_peft(tmp_path):
     save_best(tmp_path, GPT(GPTConfig(512, 256, 1, 2, 16)), open_tokenizer("bytes"))
     (tmp_path / "data.json").write_text(json.dumps([
         {"instruction": f"Add {n} and 1.", "input": None, "output": str(n + 1)} for n in range(40)]))
-    text = script(HERE / "bench.py", "instruct", "--data=data.json", "--init_from=.", "--repeats=1",
+    text = python(HERE / "bench.py", "instruct", "--data=data.json", "--init_from=.", "--repeats=1",
                   "--device=cpu", cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
     ours, theirs = (line.replace(",", "").split() for line in text.splitlines()
                     if line[:4] in ("ours", "PEFT"))

@@ -6,27 +6,26 @@ import json
 import lzma
 import os
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from conftest import HERE, check_equal, defaults, give, two_ranks
+from conftest import rows as rows_of
+from conftest import start as run
 from safetensors.torch import load_file
 
 import finetune_cls as script
 from checkpoint import load_model, save_best
-from configurator import configure, find_settings
 from device import Device
 from model import GPT, GPTConfig
 from tokenizer import open_tokenizer, train_bpe
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-HERE = Path(__file__).resolve().parent.parent
 SHARED = HERE / "../shared/data"
-DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(script)).items()}
+DEFAULTS = defaults(script)
 SPLITS = ("train", "dev", "test")
 
 
@@ -64,22 +63,11 @@ def base(tmp_path_factory):
     return folder
 
 
-def settings(*argv):
-    vars(script).update(DEFAULTS)
-    configure(vars(script), [*argv])
-
-
-def start(*argv):
-    settings("--device=cpu", *argv)
-    script.main()
+settings, start = partial(give, script), partial(run, script, "--device=cpu")
 
 
 def weights(out):
     return load_file(out / "best" / "model.safetensors")
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def examples(texts):
@@ -124,7 +112,7 @@ def test_every_mode_and_style_learns_a_separable_set(base, tmp_path, style, mode
         "last_blocks": {name for name in old if ".h.1." in name or ".ln_f." in name},
         "lora": {name for name in old if name.endswith((
             "c_attn.weight", "c_proj.weight", "c_fc.weight"))}}[mode]
-    best = [row["val_loss"] for row in metrics(tmp_path) if row.get("val_accuracy") == 1]
+    best = [row["val_loss"] for row in rows_of(tmp_path) if row.get("val_accuracy") == 1]
     assert results["dev_loss"] == pytest.approx(min(best), rel=1e-4)  # last_layer: of features
 
 
@@ -206,12 +194,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(base, tmp_path, argv, monke
     with pytest.raises(ValueError, match="was trained on other data than"):
         run_script("resume", tmp_path / "parts", *argv, f"--data_dir={base}", "--dev_file=test.csv")
     parts = run_script("resume", tmp_path / "parts", *argv, f"--data_dir={base}")
-    for name, tensor in weights(tmp_path / "whole").items():
-        assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
+    check_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     timed = ("seconds", "texts_per_s", "settings")
     assert {key: parts[key] for key in parts if key not in timed} == {
         key: whole[key] for key in whole if key not in timed}
-    one, two = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    one, two = rows_of(tmp_path / "whole"), rows_of(tmp_path / "parts")
     for key in ("step", "tokens", "train_loss", "val_loss"):
         assert [row.get(key) for row in one] == [row.get(key) for row in two]
     with pytest.raises(ValueError, match="holds a run already.*--overwrite"):
@@ -221,14 +208,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(base, tmp_path, argv, monke
 def test_two_ranks_equal_one(base, tmp_path):
     argv = ["--epochs=1", "--dropout=0.1", "--batch_size=18"]
     one = run_script(base, tmp_path / "one", *argv, "--accumulation=2")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         HERE / "finetune_cls.py", f"--init_from={base}", f"--data_dir={base}", "--device=cpu",
-         f"--out_dir={tmp_path}/two", *(f"--{split}_file={split}.csv" for split in SPLITS),
-         "--learning_rate=3e-3", "--weight_decay=0", *argv],
-        capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    two_ranks(HERE / "finetune_cls.py", f"--init_from={base}", f"--data_dir={base}", "--device=cpu",
+              f"--out_dir={tmp_path}/two", *(f"--{split}_file={split}.csv" for split in SPLITS),
+              "--learning_rate=3e-3", "--weight_decay=0", *argv)
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     for key in ("dev_loss", "test_loss"):
         assert one[key] == pytest.approx(two[key], rel=1e-4)
@@ -315,7 +297,7 @@ def test_it_stops_early_and_features_need_not_be_kept(base, tmp_path, capsys):
     found = [run_script(base, tmp_path / str(cached), *argv, f"--cache_features={cached}")
              for cached in (True, False)]
     assert "no better for 2 epochs: stopped" in capsys.readouterr().out
-    assert [(one["best_epoch"], len(metrics(tmp_path / "True"))) for one in found] == [(1, 3)] * 2
+    assert [(one["best_epoch"], len(rows_of(tmp_path / "True"))) for one in found] == [(1, 3)] * 2
     assert found[0]["dev_loss"] == pytest.approx(found[1]["dev_loss"], rel=1e-5)
 
 
@@ -330,16 +312,11 @@ def test_one_row_a_step_and_what_a_kill_left_is_removed(base, tmp_path):
     for file in (*left, tmp_path / "notes.tmp"):
         file.touch()
     one = run_script(base, tmp_path, "--epochs=2", "--log_interval=1", "--head_learning_rate=0")
-    rows = metrics(tmp_path)
+    rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, one["updates"] + 1))
     assert {"train_loss", "lr", "val_accuracy", "tokens_per_s", "elapsed_s"} <= rows[-1].keys()
     assert not any(file.exists() for file in left) and (tmp_path / "notes.tmp").exists()
     assert weights(tmp_path)["score.weight"].std() < 0.03  # as it was drawn, N(0, 0.02)
-
-
-def test_a_folder_in_use_is_refused(base, tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is using"):
-        run_script(base, tmp_path, "--epochs=0", *CLOZE[False])
 
 
 # ---- measures and output ----

@@ -353,7 +353,7 @@ def disk(at: Path, data: str, whole: Path):
         wait_for(out, r"^step +\d*[2468]5/")
         with mounted(out, "ro"):
             note("read-only mount", one_line(end(pid), said(out), "ead-only"))
-    steps = saved.newest_checkpoint(out)[1]["step"] + 3
+    steps = saved.newest_checkpoint(out)["step"] + 3
     note("read-only mount", finish(out, *auto, f"--max_steps={steps}"))
     name = at / "unprepared"
     with mounted(name, "ro"):
@@ -411,8 +411,8 @@ def damage(at: Path, data: str, whole: Path):
         shutil.copy(whole / "ckpt.pt", out / "ckpt.pt")
         change(out / "ckpt.pt")
         faults = []
-        path, found = saved.newest_checkpoint(out, faults.append)
-        del found["path"]
+        found = saved.newest_checkpoint(out, faults.append)
+        path = found["path"]
         good = path == older and len(faults) == 1 and "ckpt.pt" in faults[0] and "\n" not in faults[0]
         harmless += path != older
         note("damaged checkpoint", None if good and equal(found, right[1]) or path.name == "ckpt.pt"

@@ -11,19 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
+from conftest import HERE, check_equal, defaults, give, start, two_ranks, untimed
+from conftest import rows as rows_of
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
 import finetune_instruct as script
 import sample as sampler
 from checkpoint import load_model, save_best
-from configurator import configure, find_settings
 from convert import load_nanogpt
 from device import Device
 from hf import load_torch
@@ -41,10 +40,9 @@ from text import fill_template, prompt_ids
 from tokenizer import char_tokenizer, open_tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-HERE = Path(__file__).resolve().parent.parent
 RECORDS = HERE / "../shared/data/instruct/instruction-data.json"
-DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(script)).items()}
-SAMPLER = {name: default for name, (default, _, _) in find_settings(vars(sampler)).items()}
+for module in (script, sampler):
+    defaults(module)  # now, before a test changes them
 
 
 def tiny(seed=0, **options) -> GPT:
@@ -86,8 +84,7 @@ def test_identity_at_first_and_merged_equals_unmerged(bias):
                            base["transformer.h.1.mlp.c_fc.weight"])
     unmerge(model)
     assert torch.equal(model(ids())[0], after)
-    for name, tensor in base.items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+    check_equal({name: model.state_dict()[name] for name in base}, base)
 
 
 def test_only_the_adapters_are_trained():
@@ -445,13 +442,12 @@ def base(tmp_path_factory):
     return folder
 
 
+COMMON = ["--device=cpu", "--batch_size=17", "--max_new_tokens=6", "--log_interval=1"]
+
+
 def run_script(base, out, *argv):
-    vars(script).update(DEFAULTS)
-    configure(vars(script), [
-        f"--init_from={base}", f"--data={base}/data.json", f"--template={base}/template",
-        f"--out_dir={out}", "--device=cpu", "--batch_size=17", "--max_new_tokens=6",
-        "--log_interval=1", *argv])
-    script.main()
+    start(script, *COMMON, f"--init_from={base}", f"--data={base}/data.json",
+          f"--template={base}/template", f"--out_dir={out}", *argv)
 
 
 def sample(folder, *argv, typed=""):
@@ -459,10 +455,6 @@ def sample(folder, *argv, typed=""):
         [sys.executable, HERE / "sample.py", f"--init_from={folder}", "--device=cpu",
          "--temperature=0", "--max_new_tokens=6", *argv],
         input=typed, capture_output=True, text=True, timeout=120, check=False)
-
-
-def rows_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("mode", "rate", "epochs"), [
@@ -542,10 +534,8 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
     whole, cut = (load_torch(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 12 and whole["best_loss"] == cut["best_loss"]
     assert whole["before"] == cut["before"] and whole["base"] == cut["base"]
-    for name, tensor in whole["model"].items():
-        assert torch.equal(tensor, cut["model"][name]), name
-    rows, again = ([{k: v for k, v in row.items() if k not in ("elapsed_s", "tokens_per_s")}
-                    for row in rows_of(tmp_path / name)] for name in ("whole", "cut"))
+    check_equal(whole["model"], cut["model"])
+    rows, again = (untimed(tmp_path / name) for name in ("whole", "cut"))
     assert rows == again and [row["step"] for row in rows] == [0, 5, 6, 10, 12]
     assert (tmp_path / "whole" / "answers.jsonl").read_text() == (
         tmp_path / "cut" / "answers.jsonl").read_text()
@@ -568,26 +558,6 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
                          ("--mode=last_blocks", f"mode={mode}")):
         with pytest.raises(ValueError, match=word):
             run_script(base, tmp_path / "cut", *options, "--init_from=resume", change)
-
-
-def test_damaged_and_foreign_checkpoints_are_not_resumed(base, tmp_path):
-    run_script(base, tmp_path, "--epochs=1")
-    file = tmp_path / "ckpt.pt"
-    whole, state = file.read_bytes(), torch.load(file)
-    for change in ({"settings": None}, {"best_loss": None}, {"model": {}}, {"optimizer": {}}):
-        torch.save(state | change, file)
-        with pytest.raises(ValueError, match=r"not written by this script|do not fit each other"):
-            run_script(base, tmp_path, "--epochs=2", "--init_from=resume")
-    at = whole.index(bytes(state["model"]["transformer.wte.weight"].numpy())) + 9
-    file.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:])
-    with pytest.raises(ValueError, match="another checksum|is damaged"):
-        run_script(base, tmp_path, "--epochs=2", "--init_from=resume")
-
-
-def test_a_run_that_diverges_ends(base, tmp_path):
-    with pytest.raises(ValueError, match="not finite in 10 steps in a row.*lower --learning_rate"):
-        run_script(base, tmp_path, "--mode=full", "--learning_rate=1e30", "--epochs=9")
-    assert not (tmp_path / "results.json").exists()
 
 
 def test_no_adapters_on_adapters(base, tmp_path):
@@ -615,10 +585,8 @@ def test_what_is_given_is_answered_before_more_is_asked_for(base, tmp_path, monk
     (tmp_path / "m" / "template.txt").write_text("{instruction}\n\n{input}\n\n>{output}")
     for argv, answered in (("--instruct=say", 1), ("--start=ab", 1), ("--instruct_input=f3n", 0)):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"go\n")))
-        vars(sampler).update(SAMPLER)
-        configure(vars(sampler), [f"--init_from={tmp_path / 'm'}", "--device=cpu", argv,
-                                  "--interactive", "--max_new_tokens=4"])
-        sampler.main()
+        start(sampler, f"--init_from={tmp_path / 'm'}", "--device=cpu", argv, "--interactive",
+              "--max_new_tokens=4")
         before, after = capsys.readouterr().out.split("type an instruction")
         assert before.count("tokens in") == answered and after.count("tokens in") == 1
         assert ("\nab" in before) == (argv == "--start=ab")  # an instruction is not written again
@@ -626,21 +594,14 @@ def test_what_is_given_is_answered_before_more_is_asked_for(base, tmp_path, monk
 
 def test_two_ranks_equal_one(base, tmp_path):
     run_script(base, tmp_path / "one", "--epochs=1")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         HERE / "finetune_instruct.py", f"--init_from={base}", f"--data={base}/data.json",
-         f"--template={base}/template", f"--out_dir={tmp_path}/two", "--device=cpu",
-         "--batch_size=17", "--max_new_tokens=6", "--log_interval=1", "--epochs=1"],
-        capture_output=True, text=True, timeout=300, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    two_ranks(HERE / "finetune_instruct.py", *COMMON, f"--init_from={base}", "--epochs=1",
+              f"--data={base}/data.json", f"--template={base}/template", f"--out_dir={tmp_path}/two")
     for one, two in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
         for key in {"step", "tokens", "train_loss", "grad_norm", "val_loss"} & one.keys():
             assert one[key] == pytest.approx(two[key], rel=1e-4), (key, one, two)
     one, two = (load_torch(tmp_path / name / "ckpt.pt")["model"] for name in ("one", "two"))
-    for name, tensor in one.items():
-        assert (tensor - two[name]).abs().max() < 1e-4, name
+    check_equal(one, two, 1e-4)
 
 
 @pytest.mark.parametrize(("argv", "word"), [
@@ -674,16 +635,11 @@ def test_the_loss_of_prompts_too(base, tmp_path):
     assert rows_of(tmp_path)[-1]["tokens"] == sum(len(p) + len(a) - 1 for p, a in first)
 
 
-def test_a_folder_in_use_is_refused(base, tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is using"):
-        run_script(base, tmp_path)
-
-
 def test_the_real_records():
     if not RECORDS.is_file():
         pytest.skip("../shared/data/instruct is not here")
     records = script.read_records(str(RECORDS))
-    vars(script).update(DEFAULTS)
+    give(script)
     parts = script.split(records)
     assert [len(part) for part in parts] == [935, 55, 110]
     train, dev, test = ({(records[i]["instruction"], records[i]["input"]) for i in part}

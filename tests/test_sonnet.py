@@ -11,29 +11,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock
+from conftest import HERE, check_equal, defaults, give, python, rows, start, untimed
 
 import sonnet as script
 from checkpoint import load_model, save_best
-from configurator import configure, find_settings
 from decode import beam_search
 from hf import load_torch
 from model import GPT, GPTConfig, draw
-from run import Metrics
 from tokenizer import char_tokenizer, open_tokenizer
 
-HERE = Path(__file__).resolve().parent.parent
 COURSE = HERE / "../shared/data/cs224n"
-DEFAULTS = {name: default for name, (default, _, _) in find_settings(vars(script)).items()}
 WORDS = ["rose", "time", "eyes", "love", "sweet", "fair", "summer", "death", "world", "beauty",
          "heart", "night", "day", "thee", "thy", "self", "old", "young", "hand", "art"]
 TINY = ["--init_from=scratch", "--tokenizer=bytes", "--n_layer=1", "--n_head=2", "--n_embd=16",
         "--block_size=640", "--epochs=1", "--candidates=2", "--max_new_tokens=40", "--device=cpu"]
 
+defaults(script)  # now, before a test changes them
+
 
 @pytest.fixture(autouse=True)
 def settings():
-    vars(script).update(DEFAULTS)
+    give(script)
 
 
 def invented(number: int, lines: int = 14) -> str:
@@ -64,15 +62,13 @@ def course(folder, **changed) -> Path:
 
 
 def run(folder, out, *argv) -> dict:
-    vars(script).update(DEFAULTS)
-    configure(vars(script), [*TINY, f"--data_dir={folder}", f"--out_dir={out}", *argv])
-    script.main()
+    start(script, *TINY, f"--data_dir={folder}", f"--out_dir={out}", *argv)
     results = Path(out) / "results.json"
     return json.loads(results.read_text("utf-8")) if results.is_file() else None
 
 
 def dev_losses(out) -> list[float]:
-    return [row["val_loss"] for row in Metrics.read(out / "metrics.jsonl") if "val_loss" in row]
+    return [row["val_loss"] for row in rows(out) if "val_loss" in row]
 
 
 def tiny(vocab_size: int, block_size: int = 64) -> GPT:
@@ -313,8 +309,7 @@ def test_training_keeps_the_best_epoch_and_stops(tmp_path):
     again = run(folder, tmp_path / "b", "--init_from=resume", "--epochs=9", "--patience=2",
                 "--learning_rate=1.0")  # one that has stopped by itself trains no further
     assert again["best_epoch"] == 0 and len(dev_losses(tmp_path / "b")) == 3
-    one, two = (load_model(tmp_path / name)[0].state_dict() for name in "ab")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    check_equal(*(load_model(tmp_path / name)[0].state_dict() for name in "ab"))
 
 
 def test_parts_of_the_model(tmp_path):
@@ -366,12 +361,6 @@ def test_bad_input_is_one_line(tmp_path, changed, argv, said):
     assert not (tmp_path / "out" / "best").exists()  # before anything is trained or written
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
-    folder = course(tmp_path / "data")
-    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is using"):
-        run(folder, tmp_path)
-
-
 def test_overlap_can_be_allowed(tmp_path):
     folder = course(tmp_path / "data", test={5: BEGIN[5]})
     run(folder, tmp_path / "out", "--allow_overlap")
@@ -381,10 +370,7 @@ def test_overlap_can_be_allowed(tmp_path):
 def test_without_data_it_says_where_to_get_it(tmp_path):
     folder = course(tmp_path / "data")
     (folder / script.FILES[2]).unlink()
-    done = subprocess.run([sys.executable, str(HERE / "sonnet.py"), f"--out_dir={tmp_path / 'out'}"],
-                          capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    said = [done.stderr]
+    said = [python(HERE / "sonnet.py", f"--out_dir={tmp_path / 'out'}", fails=True)]
     for name in (tmp_path, folder):
         with pytest.raises(ValueError, match="CS224n") as caught:
             run(name, tmp_path / "out")
@@ -423,10 +409,8 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys)
         assert whole[key] == cut[key], key
     one, two = (load_torch(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert one["step"] == two["step"] == 6 and one["best_loss"] == two["best_loss"]
-    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
-    rows = [[row | {"elapsed_s": 0, "tokens_per_s": 0} for row in Metrics.read(
-        tmp_path / name / "metrics.jsonl")] for name in ("whole", "cut")]
-    assert rows[0] == rows[1]
+    check_equal(one["model"], two["model"])
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
     with pytest.raises(ValueError, match=r"holds a run already \(best, ckpt.pt, results.json\)"):
         run(folder, tmp_path / "cut", "--epochs=0")
     found = run(folder, tmp_path / "cut", "--epochs=0", "--overwrite", "--seed=2")

@@ -3,7 +3,6 @@
 import ast
 import glob
 import importlib
-import json
 import math
 import os
 import re
@@ -12,12 +11,23 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import (
+    HERE,
+    check_equal,
+    defaults,
+    python,
+    rows,
+    start,
+    two_ranks,
+    untimed,
+)
 from filelock import FileLock
 
 import sample
@@ -32,11 +42,10 @@ from optim import AdamW, build_optimizer
 from run import Metrics, lr_scale, micro_batch_seed, micro_batches
 from tokenizer import char_tokenizer, open_tokenizer, train_bpe
 
-HERE = Path(__file__).resolve().parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
         "--device=cpu", "--sample_tokens=8", "--warmup_steps=2", "--log_interval=1"]
-DEFAULTS, SAMPLE_DEFAULTS = ({name: default for name, (default, _, _) in find_settings(
-    vars(module)).items()} for module in (train, sample))
+for script in (train, sample):
+    defaults(script)  # now, before a test changes them
 
 
 @pytest.fixture(scope="module")
@@ -52,34 +61,15 @@ def shared(tmp_path_factory):
     return folder
 
 
-def run_train(*argv, module=train, defaults=DEFAULTS):
-    vars(module).update(defaults)
-    configure(vars(module), list(map(str, argv)))
-    module.main()
+run_train = partial(start, train)
 
 
 def run_sample(*argv):
-    run_train(*argv, "--device=cpu", module=sample, defaults=SAMPLE_DEFAULTS)
-
-
-def script(*argv, fails=False, cwd=None, env=None):
-    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True,
-                          timeout=300, cwd=cwd, env=os.environ | (env or {}), check=False)
-    text = done.stdout + done.stderr
-    if fails:
-        assert done.returncode == 2, text
-        assert "Traceback" not in text and done.stderr.count("\n") == 1, text
-    else:
-        assert done.returncode == 0, text
-    return text
+    start(sample, *argv, "--device=cpu")
 
 
 def weights(folder):
     return load_torch(Path(folder) / "ckpt.pt")
-
-
-def rows(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -95,18 +85,11 @@ def test_three_and_three_steps_equal_six(shared, tmp_path, optimizer):
     six, cut = weights(tmp_path / "six"), weights(tmp_path / "cut")
     assert cut["step"] == 6 and cut["windows"] == six["windows"] == 6 * 8
     assert cut["best_loss"] == six["best_loss"]
-    for name in six["model"]:
-        assert torch.equal(six["model"][name], cut["model"][name]), name
+    check_equal(six["model"], cut["model"])
     for i, state in six["optimizer"]["state"].items():
-        for key, value in state.items():
-            assert torch.equal(value, cut["optimizer"]["state"][i][key])
-
-    def logged(folder):
-        return [{k: v for k, v in row.items() if k not in ("elapsed_s", "tokens_per_s")}
-                for row in rows(folder)]
-
-    assert logged(tmp_path / "six") == logged(tmp_path / "cut")
-    assert [row["step"] for row in logged(tmp_path / "cut")] == list(range(1, 7))
+        check_equal(state, cut["optimizer"]["state"][i])
+    assert untimed(tmp_path / "six") == untimed(tmp_path / "cut")
+    assert [row["step"] for row in rows(tmp_path / "cut")] == list(range(1, 7))
 
 
 def test_a_resumed_run_from_a_pretrained_model_equals_an_uninterrupted_one(shared, tmp_path):
@@ -125,8 +108,7 @@ def test_a_resumed_run_from_a_pretrained_model_equals_an_uninterrupted_one(share
             state[key] = value.t().contiguous().t() if value.dim() == 2 else value
     torch.save(saved, tmp_path / "cut" / "ckpt.pt")
     run_train(*common, "--max_steps=4", f"--out_dir={tmp_path}/cut", "--init_from=resume")
-    for name, tensor in weights(tmp_path / "four")["model"].items():
-        assert torch.equal(tensor, weights(tmp_path / "cut")["model"][name]), name
+    check_equal(weights(tmp_path / "four")["model"], weights(tmp_path / "cut")["model"])
 
 
 def test_the_newest_whole_checkpoint_is_found(shared, tmp_path, capsys):
@@ -145,8 +127,7 @@ def test_the_newest_whole_checkpoint_is_found(shared, tmp_path, capsys):
     run_train(*common, "--max_steps=8", "--init_from=auto")
     said = capsys.readouterr().out
     assert re.search(r"/ckpt\.pt is damaged: .*; going on from \S+-6\.pt\n", said) and "resuming" in said
-    for name, tensor in weights(tmp_path / "whole")["model"].items():
-        assert torch.equal(tensor, weights(out)["model"][name]), name
+    check_equal(weights(tmp_path / "whole")["model"], weights(out)["model"])
     assert [row["step"] for row in rows(out)] == list(range(1, 9))
     assert sorted(p.name for p in out.glob("ckpt*")) == ["ckpt-4.pt", "ckpt-6.pt", "ckpt.pt"]
     for path in out.glob("ckpt*.pt"):
@@ -180,7 +161,7 @@ def test_a_second_run_in_the_same_folder_is_refused(shared, tmp_path):
     (["config", "n_layer"], 9999), (["config", "n_embd"], -4), (["config", "vocab_size"], 2**24),
     (["config", "more"], 1), (["optimizer"], {}), (["optimizer", "state"], {}),
     (["optimizer", "state", 0, "exp_avg"], torch.zeros(3)), (["optimizer", "param_groups"], [3]),
-    (["settings"], "x"), (["data"], "another"), (["scaler"], 0)])
+    (["settings"], "x"), (["data"], "another"), (["scaler"], 0), (["best_loss"], None)])
 def test_hostile_checkpoints_are_refused_in_one_line(shared, tmp_path, where, value):
     common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}"]
     run_train(*common, "--max_steps=1")
@@ -211,8 +192,7 @@ def test_two_ranks_equal_one(shared, tmp_path):
     common = [HERE / "train.py", *TINY, f"--dataset={shared}/c", "--dropout=0.1", "--max_steps=4",
               "--eval_interval=2", "--total_batch_tokens=256", "--batch_size=4"]
     run_train(*common[1:], f"--out_dir={tmp_path}/one")
-    text = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *common,
-                  f"--out_dir={tmp_path}/two", env={"OMP_NUM_THREADS": "1"})
+    text = two_ranks(*common, f"--out_dir={tmp_path}/two")
     assert text.count("parameters") == 1, text  # one rank prints
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4]
@@ -220,13 +200,11 @@ def test_two_ranks_equal_one(shared, tmp_path):
         for key in ("train_loss", "grad_norm", "val_loss"):
             if key in a:
                 assert math.isclose(a[key], b[key], rel_tol=1e-5), (key, a, b)
-    for name, tensor in weights(tmp_path / "one")["model"].items():
-        assert (tensor - weights(tmp_path / "two")["model"][name]).abs().max() < 2e-5, name
+    check_equal(weights(tmp_path / "one")["model"], weights(tmp_path / "two")["model"], 2e-5)
     for run in ("one", "two"):  # one rank goes on where two were
         run_train(*common[1:], f"--out_dir={tmp_path}/{run}", "--max_steps=6", "--init_from=resume")
     assert weights(tmp_path / "two")["windows"] == weights(tmp_path / "one")["windows"] == 6 * 16
-    for name, tensor in weights(tmp_path / "one")["model"].items():
-        assert (tensor - weights(tmp_path / "two")["model"][name]).abs().max() < 2e-5, name
+    check_equal(weights(tmp_path / "one")["model"], weights(tmp_path / "two")["model"], 2e-5)
 
 
 def test_ranks_end_well_with_work_in_flight(tmp_path):
@@ -242,8 +220,7 @@ def test_ranks_end_well_with_work_in_flight(tmp_path):
             dist.all_reduce(torch.ones(1), async_op=True)
         device.close()
     """)
-    text = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                  tmp_path / "job.py", env={"OMP_NUM_THREADS": "1"})
+    text = two_ranks(tmp_path / "job.py")
     assert text.count("at the exit") == 2, text
 
 
@@ -308,7 +285,7 @@ def test_an_update_whose_gradient_is_not_finite_changes_nothing():
 
 def test_run_folder_and_sample(shared, tmp_path, capsys):
     out, common = tmp_path / "run", [*TINY, f"--dataset={shared}/g"]
-    text = script(HERE / "train.py", *common, "--max_steps=2", "--eval_interval=2",
+    text = python(HERE / "train.py", *common, "--max_steps=2", "--eval_interval=2",
                   f"--out_dir={out}", cwd=tmp_path)
     assert "validation loss" in text and "a sample" in text and "done: 2 steps" in text
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -325,7 +302,7 @@ def test_run_folder_and_sample(shared, tmp_path, capsys):
     ids = tokenizer("the cat sat", return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == open_tokenizer("gpt2").encode("the cat sat").tolist()
     assert (hf(ids).logits - GPT.from_pretrained(out)(ids)[0]).abs().max() < 1e-4
-    text = script(HERE / "sample.py", f"--init_from={out}", "--start", "the cat",
+    text = python(HERE / "sample.py", f"--init_from={out}", "--start", "the cat",
                   "--max_new_tokens=5", "--device=cpu", cwd=tmp_path)
     assert "the cat" in text and "tokens/s" in text
     capsys.readouterr()
@@ -374,8 +351,8 @@ def test_evaluation_holds_no_more_logits_than_its_limit(monkeypatch):
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     losses = set()
     monkeypatch.setattr(train, "block_size", 64)
-    for rows in (1, 70):
-        monkeypatch.setattr(train, "batch_size", rows)
+    for size in (1, 70):
+        monkeypatch.setattr(train, "batch_size", size)
         losses.add(train.evaluate(model, Ids(), Device("cpu"))["val_loss"])
     assert len(losses) == 1 and max(seen) == 4096 // 64
 
@@ -441,9 +418,9 @@ def test_mistakes_are_one_line(shared, tmp_path, argv, word):
 
 
 def test_mistakes_on_the_command_line(shared, tmp_path):
-    text = script(HERE / "train.py", "--dataset=missing/data", fails=True)
+    text = python(HERE / "train.py", "--dataset=missing/data", fails=True)
     assert "error: no prepared data" in text
-    text = script(HERE / "sample.py", f"--init_from={tmp_path}", fails=True)
+    text = python(HERE / "sample.py", f"--init_from={tmp_path}", fails=True)
     assert "not a model folder" in text
 
 
@@ -539,7 +516,7 @@ def test_a_replacement_that_was_killed_is_finished(shared, tmp_path):
                 patched.setattr(os, name, lambda *a, real=real, **k: (kill("os.remove", a), real(*a, **k))[1])
             with suppress(KeyboardInterrupt):
                 checkpoint.replace_run(out)
-        checkpoint.finish_replacing(out)
+        checkpoint.replace_run(out)
         assert (out / "ckpt.pt").read_text() == (out / "best" / "config.json").read_text() == "new"
         assert sorted(p.name for p in out.iterdir()) == [
             "best", "ckpt.pt", "metrics.jsonl", "new.txt", "old.txt"]
@@ -665,5 +642,5 @@ def test_every_readme_command_has_flags_and_files_that_exist():
 
 def test_scripts_do_nothing_on_import():
     names = [p.stem for p in HERE.glob("*.py") if not p.stem.startswith("test_")]
-    text = script("-c", f"import sys; sys.argv = ['x', '--junk']; import {', '.join(names)}")
+    text = python("-c", f"import sys; sys.argv = ['x', '--junk']; import {', '.join(names)}")
     assert text == ""
