@@ -37,7 +37,7 @@ from files import HERE
 from model import GPT, PRESETS
 from optim import build_optimizer
 from run import Metrics, figure
-from text import fill_template, read_table
+from text import prompt_ids, read_table
 from tokenizer import open_tokenizer
 
 peer: str | None = None  # folder of a nanoGPT checkout
@@ -338,9 +338,9 @@ def peft(run: str) -> list:
     tokenizer, template = open_tokenizer(best), (best / "template.txt").read_text().rstrip()
     rows = []  # (prompt ids, answer ids)
     for row in read_table(data):
-        text = "".join(fill_template(template, row["instruction"], row.get("input") or ""))
+        text = row["instruction"], row.get("input") or ""
         answer = [*tokenizer.encode(row["output"]).tolist(), tokenizer.eos_id]
-        rows.append((tokenizer.encode(text).tolist(), answer))
+        rows.append((prompt_ids(tokenizer, template, *text, limit=10**9)[0], answer))
     random.Random(0).shuffle(rows)
     adapter = json.loads(Path(run, "adapter/adapter_config.json").read_text())
     base = adapter["base_model_name_or_path"]

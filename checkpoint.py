@@ -281,16 +281,17 @@ def load_model(name, tokenizer=None, **options):
         merge(model, for_good=True)
         return model, tokenizer
     model = GPT.from_pretrained(name, **options)
-    rows = model.config.vocab_size
+    rows, own = model.config.vocab_size, None
     if tokenizer is None:
-        tokenizer = model_tokenizer(name, options.get("revision"))
-        if tokenizer is None and not 50257 <= rows <= 50304:  # GPT-2's, perhaps padded
-            raise ValueError(f"{name} has no tokenizer, and its {rows} rows are not GPT-2's; put "
-                             "the tokenizer.json that it was trained with into its folder")
+        tokenizer = own = model_tokenizer(name, options.get("revision"))
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = open_tokenizer(tokenizer or "gpt2")
-    if tokenizer.vocab_size > rows:
-        raise ValueError(f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids, the "
-                         f"model in {name} only {rows} rows for them: it was trained with another")
+    size = tokenizer.vocab_size
+    if size > rows or own is None and rows - size >= 128:  # fewer may fill up the matrix
+        hint = f"; --tokenizer={name} prepares data with its own"
+        if own or not model_tokenizer(name, options.get("revision")):
+            hint = "; put the tokenizer.json that it was trained with into its folder"
+        raise ValueError(f"the tokenizer ({tokenizer.name}) has {size} ids, the model in {name} "
+                         f"has {rows} rows for them{hint}")
     model.num_tokens = tokenizer.vocab_size
     return model, tokenizer

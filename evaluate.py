@@ -198,11 +198,11 @@ def main():
     if len(pairs) < num_prompts:
         raise ValueError(f"num_prompts: only {len(pairs)} stories have over {prompt_words} words")
     pairs = random.Random(seed).sample(pairs, num_prompts)
-    prompts = [tok.encode(prompt).tolist() for prompt, _ in pairs]
+    prompts = [tok.frame[0] + tok.encode(prompt, whole=False).tolist() for prompt, _ in pairs]
     parameters = model.num_params()  # fewer after prepare(), whose layers hold no parameters
     model = prepare(model.to(env.device))
 
-    endings = {"real endings": [[*tok.encode(ending).tolist(), tok.eos_id][:max_new_tokens]
+    endings = {"real endings": [[*tok.encode(ending, whole=False).tolist(), tok.eos_id][:max_new_tokens]
                                 for _, ending in pairs]}
     with tqdm(total=num_prompts * len(strategies), unit=" stories", disable=None) as bar:
         for strategy, options in strategies.items():

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import check_data, load_model, open_run, save_best
+from checkpoint import check_data, load_model, model_tokenizer, open_run, save_best
 from configurator import run as run_script
 from data import digest
 from device import begin
@@ -194,9 +194,10 @@ def encode(examples: list[Example], tokenizer, T: int) -> tuple[list[np.ndarray]
     form = re.split(r"\{(text|text_pair)\}", template)
     if form[1::2] != slots:
         raise ValueError(f"prompt {prompt!r} has the slots {form[1::2]}, expected {slots}")
-    fixed = [tokenizer.encode(part) for part in form[::2]]  # what stands around the texts
+    fixed = [tokenizer.encode(part, special=True, whole=False).tolist() for part in form[::2]]
     if style == "head" and len(slots) == 2:
-        fixed[1] = np.array([tokenizer.eos_id])
+        fixed[1] = [tokenizer.eos_id]
+    fixed[0], fixed[-1] = tokenizer.frame[0] + fixed[0], fixed[-1] + tokenizer.frame[1]
     limit = T - sum(map(len, fixed))
     if limit < len(slots):
         raise ValueError(f"max_tokens={T} leaves nothing beside the prompt of {T - limit} tokens")
@@ -204,7 +205,7 @@ def encode(examples: list[Example], tokenizer, T: int) -> tuple[list[np.ndarray]
     for example in examples:
         texts = map(normalize, example.text) if lowercase else example.text
         try:
-            ids = [tokenizer.encode(text) for text in texts]
+            ids = [tokenizer.encode(text, whole=False) for text in texts]
         except ValueError as e:
             raise ValueError(f"{example.where}: {e}") from None
         empty += not all(map(len, ids))
@@ -216,9 +217,9 @@ def encode(examples: list[Example], tokenizer, T: int) -> tuple[list[np.ndarray]
         parts = [fixed[0]]
         for part, after in zip(ids, fixed[1:]):
             parts += [part, after]
-        row = np.concatenate(parts)
-        real = np.flatnonzero(row != tokenizer.eos_id)  # transformers reads the last of these
-        rows.append(row[:real[-1] + 1] if len(real) else np.array([tokenizer.eos_id]))
+        row = np.concatenate(parts).astype(np.int64)
+        real = np.flatnonzero(row != tokenizer.pad_id)  # transformers reads the last of these
+        rows.append(row[:real[-1] + 1] if len(real) else np.array([tokenizer.pad_id]))
     return rows, f"{cut:,} cut, {empty:,} empty"
 
 
@@ -283,7 +284,7 @@ def batched_forward(net: Classifier, rows, env, features: bool = False) -> torch
 
 def answer_ids(tokenizer, names: list[str]) -> list[int]:
     """The token of each class's verbalizer; ValueError where these are not one token for each."""
-    words = [tokenizer.encode(word).tolist() for word in verbalizers]
+    words = [tokenizer.encode(word, whole=False).tolist() for word in verbalizers]
     ids = [word[0] for word in words if len(word) == 1]
     if not len(words) == len(names) == len(set(ids)):
         tokens = [[tokenizer.decode([i]) for i in word] for word in words]
@@ -296,8 +297,10 @@ def read_config(name: str) -> tuple[dict, list[str]]:
     """config.json of a model on this machine, {} without one, and the classes in it, in order."""
     file = local_folder(name) / "config.json"
     config = read_json(file) if file.is_file() else {}
-    labels = config.get("id2label") or {}
-    return config, [labels[number] for number in sorted(labels, key=int)]
+    labels = config.get("id2label")
+    if labels is None and 'ForSequenceClassification"' in str(config.get("architectures")):
+        labels = {0: "LABEL_0", 1: "LABEL_1"}  # which transformers does not write down
+    return config, [labels[number] for number in sorted(labels or {}, key=int)]
 
 
 def load(name: str, names: list[str], env) -> tuple:
@@ -309,11 +312,12 @@ def load(name: str, names: list[str], env) -> tuple:
     if "score.weight" in tensors:  # without lm_head.weight, as transformers writes them
         weight = tensors.pop("score.weight")[1]().float()
         fields |= {"dropout": dropout, "tie_word_embeddings": "lm_head.weight" not in tensors}
-        gpt, tokenizer = GPT(make_config(GPTConfig, fields, folder)), open_tokenizer(folder)
+        gpt = GPT(make_config(GPTConfig, fields, folder))
         gpt.load_state_dict(fitting_tensors(tensors, gpt.state_dict(), name))
-        if tokenizer.vocab_size != gpt.config.vocab_size:
+        tokenizer = model_tokenizer(folder) or open_tokenizer("gpt2")
+        if tokenizer.vocab_size > gpt.config.vocab_size:
             raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, its model "
-                             f"{gpt.config.vocab_size}")
+                             f"{gpt.config.vocab_size} rows for them")
     else:
         gpt, tokenizer = load_model(name, dtype=torch.float32, dropout=dropout)
     if tokenizer.eos_id is None:
@@ -346,11 +350,27 @@ def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs:
         net.gpt.lm_head.weight.data[answer_ids(tokenizer, names)] = net.head.weight.data
     save_best(out, net.gpt, tokenizer, architectures=[architecture],
               id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-              pad_token_id=tokenizer.eos_id, finetune_cls={
+              finetune_cls={
                   "style": style, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
                   "lowercase": lowercase, "max_tokens": T, "pairs": pairs})
     if style == "head":
         del net.gpt.score
+        tokenizer.save(out / "best", pairs, padding_side="right", model_max_length=T,
+                       truncation_side={"head": "right", "tail": "left"}[keep])
+        write_text(out / "best" / "README.md", card(names))
+
+
+def card(names: list[str]) -> str:
+    """What somebody who loads OUT/best with transformers must know."""
+    lines = ["A GPT-2 that classifies texts, trained with taleGPT; classes: " + ", ".join(names)]
+    if lowercase:
+        lines.insert(0, "Before it reads a text, that must be lower-cased and its punctuation set "
+                        "apart: `text.normalize` of taleGPT, as `finetune_cls.py --predict` does.")
+    if keep == "tail":
+        lines.append("Of a text that is too long it read the end: truncation_side is left.")
+    lines.append("```python\nfrom transformers import pipeline\n"
+                 'pipeline("text-classification", "FOLDER", truncation=True)("TEXT")\n```\n')
+    return "\n\n".join(lines)
 
 
 # ---- what is measured and shown ----
@@ -435,11 +455,14 @@ def classify(env):
     """--predict and --predict_file: what a trained run makes of texts. The file's predictions lie
     beside the run, or in out_dir if that is on the hub."""
     config, names = read_config(init_from)
-    if "finetune_cls" not in config:
-        raise ValueError(f"{init_from} is no run of finetune_cls.py; name one with --init_from")
-    n = 1 + config["finetune_cls"]["pairs"]  # texts that go together
-    globals().update(config["finetune_cls"], epochs=0)
+    if not names:
+        raise ValueError(f"{init_from} is no classifier; name one with --init_from")
+    how = {"style": "head", "keep": "head", "lowercase": False, "max_tokens": None, "pairs": False}
+    how |= config.get("finetune_cls", {})  # which those of others lack
+    n = 1 + how["pairs"]  # texts that go together
+    globals().update(how, epochs=0)
     net, tokenizer = load(init_from, names, env)
+    T = max_tokens or net.gpt.config.block_size
     if predict_file:
         examples = make_examples(read_table(predict_file), predict_file, score_test)
     else:
@@ -447,7 +470,7 @@ def classify(env):
         examples = [Example("--predict", "", text, None) for text in texts]
     if any(len(example.text) != n for example in examples):
         raise ValueError(f"{init_from} classifies {'pairs' if n == 2 else 'single'} texts")
-    rows, note = encode(examples, tokenizer, max_tokens)
+    rows, note = encode(examples, tokenizer, T)
     if predict_file:
         folder = Path(init_from if Path(init_from).is_dir() else out_dir)
         path = folder / f"predictions_of_{Path(predict_file).stem}.csv"  # its own keep theirs
@@ -470,6 +493,13 @@ def main():
     # ---- the data and the model ----
     splits = read_splits()
     names, pairs = class_names(splits["train"]), len(splits["train"][0].text) == 2
+    own = read_config(base)[1]
+    if names == [str(number) for number in range(len(own))]:  # numbers of its classes
+        names = own
+        for name, split in splits.items():
+            splits[name] = [example._replace(label=own[int(example.label)])
+                            if str(example.label) in map(str, range(len(own))) else example
+                            for example in split]
     net, tokenizer = load(base, names, env)
     gpt = net.gpt
     T = min(max_tokens or gpt.config.block_size, gpt.config.block_size)

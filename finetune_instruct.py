@@ -151,7 +151,8 @@ def encode(records, tokenizer, form: str, T: int) -> tuple[list[tuple], int]:
     for number, record in enumerate(records, 1):
         instruction = record["instruction"]
         try:
-            answer = [*tokenizer.encode(record["output"]).tolist(), tokenizer.eos_id]
+            answer = [*tokenizer.encode(record["output"], whole=False).tolist(),
+                      tokenizer.eos_id]
             if len(answer) > T:  # the last id is predicted, never read: one of a prompt fits
                 raise ValueError(f"its answer of {len(answer)} tokens exceeds the context of {T}")
             limit = T + 1 - len(answer)
@@ -322,6 +323,7 @@ def main():
         if run.is_best(loss) and env.rank == 0:
             if mode == "lora":
                 save_adapter(raw_model, run.folder / "adapter", base)
+                tokenizer.save(run.folder / "adapter", model_max_length=T)
             save_best(run.folder, raw_model, tokenizer)
             write_text(run.folder / "best" / "template.txt", f"{form}\n")  # for sample.py
         return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700))}

@@ -129,7 +129,7 @@ def encode(poems: dict[int, str], tok, T: int, whole: bool = True) -> list[list[
     limit = T - 1 if whole else T - 2  # the last id of a poem is predicted, never read
     for number, poem in poems.items():
         try:
-            ids = tok.encode(poem if whole else f"{poem}\n").tolist()
+            ids = tok.encode(poem if whole else f"{poem}\n", whole=False).tolist()
         except ValueError as e:
             raise ValueError(f"poem {number}: {e}") from None
         if len(ids) > limit:

@@ -237,28 +237,39 @@ def ngrams(tokens: list, n: int) -> list[tuple]:
     return list(zip(*(tokens[i:] for i in range(n))))
 
 
-def fill_template(template: str, instruction: str, text: str = "") -> tuple[str, str]:
-    """A prompt in two parts: up to the end of the input (of the instruction, where there is none),
-    and from there to where the answer begins. Without an input, its paragraph is left out."""
+def split_template(template: str, text: str) -> tuple[str, str]:
+    """A prompt template in two parts: up to the slot of the input `text` (of the instruction, where
+    there is none), and what follows it. Without an input, its paragraph is left out."""
     slot = "{input}" if text else "{instruction}"
     if not text:
         paragraphs = template.split("\n\n")
         template = "\n\n".join(part for part in paragraphs if set(SLOT.findall(part)) != {"input"})
     cut = template.rindex(slot) + len(slot)
+    return template[:cut], template[cut:]
+
+
+def prompt_ids(tokenizer, template: str, instruction: str, text: str, limit: int) -> tuple:
+    """(ids of a filled template, whether it was cut). Special tokens of the template are parsed,
+    those written out in instruction and text are text. A prompt of more than `limit` tokens loses
+    the end of its input (of the instruction, where there is none)."""
     values = {"instruction": instruction, "input": text, "output": ""}
+    written = any(token in value for token in tokenizer.special for value in values.values())
 
     def fill(part):  # in one pass, so that a slot's name in a value stays as it is
         return SLOT.sub(lambda slot: values[slot[1]], part)
 
-    return fill(template[:cut]), fill(template[cut:])
+    def encode(part):
+        if not written:  # so all that is parsed stands in the template
+            return tokenizer.encode(fill(part), special=True, whole=False).tolist()
+        ids = []
+        for number, piece in enumerate(tokenizer.special_pattern.split(part)):
+            ids += ([tokenizer.special[piece]] if number % 2
+                    else tokenizer.encode(fill(piece), whole=False).tolist())
+        return ids
 
-
-def prompt_ids(tokenizer, template: str, instruction: str, text: str, limit: int) -> tuple:
-    """(ids of a filled template, whether it was cut). One of more than `limit` tokens loses the end
-    of its input (of the instruction, where there is none)."""
-    parts = fill_template(template, instruction, text)
-    ids = tokenizer.encode("".join(parts)).tolist()
+    (head, tail), (first, last) = split_template(template, text), tokenizer.frame
+    ids = first + encode(head + tail) + last
     if len(ids) <= limit:
         return ids, False
-    head, tail = (tokenizer.encode(part).tolist() for part in parts)
+    head, tail = first + encode(head), encode(tail) + last
     return head[:max(0, limit - len(tail))] + tail[-limit:], True

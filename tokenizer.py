@@ -224,12 +224,15 @@ class Tokenizer:
         such as model_max_length."""
         definition = self.definition()
         if pairs:
-            text, other = ({"Sequence": {"id": side, "type_id": 0}} for side in "AB")
-            eos = list(self.ids)[self.eos_id]
+            names = {i: token for token, i in self.ids.items()}
+            a, b = ({"Sequence": {"id": side, "type_id": 0}} for side in "AB")
+            first, last, eos = ([{"SpecialToken": {"id": names[i], "type_id": 0}} for i in ids]
+                                for ids in (*self.frame, [self.eos_id]))
             definition["post_processor"] = {
-                "type": "TemplateProcessing", "single": [text],
-                "pair": [text, {"SpecialToken": {"id": eos, "type_id": 0}}, other],
-                "special_tokens": {eos: {"id": eos, "ids": [self.eos_id], "tokens": [eos]}}}
+                "type": "TemplateProcessing", "single": [*first, a, *last],
+                "pair": [*first, a, *eos, b, *last],
+                "special_tokens": {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]}
+                                   for i in {*self.frame[0], *self.frame[1], self.eos_id}}}
         prefix = (definition["pre_tokenizer"] or {}).get("add_prefix_space")
         config = self._default_config() | self.config | more
         if prefix:  # which transformers 4 would turn off

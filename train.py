@@ -19,6 +19,7 @@ import torch
 from checkpoint import (
     check_data,
     check_settings,
+    load_model,
     model_tokenizer,
     newest_checkpoint,
     open_run,
@@ -121,8 +122,8 @@ def evaluate(model, split, env) -> dict:
 def sample_text(model, tokenizer, tokens: int) -> str:
     """A sample of the model, from end-of-text or (characters) a line break; always drawn alike."""
     idx = torch.tensor([[tokenizer.start_id]], device=next(model.parameters()).device)
-    ids = model.generate(idx, tokens, temperature=0.8, top_k=min(200, tokenizer.vocab_size),
-                         eos_id=tokenizer.eos_id, generator=torch.Generator().manual_seed(seed))
+    ids = model.generate(idx, tokens, temperature=0.8, top_k=200, eos_id=tokenizer.stop_ids,
+                         generator=torch.Generator().manual_seed(seed))
     return tokenizer.decode(ids[0, 1:].tolist()).strip()
 
 
@@ -157,7 +158,7 @@ def token_embeddings(name: str, data, width: int) -> torch.Tensor:
 def same_tokenizer(where: str, name: str, tokenizer):
     """ValueError where the ids of a model that brings a tokenizer are not those of the data's."""
     own = model_tokenizer(name, revision)
-    if own and (own.name, own.ids, own.merges) != (tokenizer.name, tokenizer.ids, tokenizer.merges):
+    if own and own.definition() != tokenizer.definition():
         raise ValueError(f"{where}: its tokenizer ({own.name}, {own.vocab_size} ids) is another "
                          f"than that of data set {dataset} ({tokenizer.name}, "
                          f"{tokenizer.vocab_size}); prepare the data with the model's, "
@@ -201,11 +202,9 @@ def resumed_model(checkpoint: dict, settings: dict, data) -> GPT:
 def first_model(settings: dict, data) -> GPT:
     """The network that a run begins with: a new one, or a pretrained one."""
     if init_from not in ("scratch", "auto"):
-        model = GPT.from_pretrained(init_from, revision, torch.float32, dropout=dropout,
-                                    block_size=None if eval_only else block_size)
-        if model.config.vocab_size == data.vocab_size:
-            same_tokenizer(f"init_from={init_from}", init_from, data.tokenizer())
-        return model
+        same_tokenizer(f"init_from={init_from}", init_from, data.tokenizer())
+        return load_model(init_from, data.tokenizer(), revision=revision, dtype=torch.float32,
+                          dropout=dropout, block_size=None if eval_only else block_size)[0]
     model = GPT(GPTConfig(vocab_size=data.vocab_size, **network_settings(settings)))
     if wte_from:
         model.transformer.wte.weight.data.copy_(token_embeddings(wte_from, data, n_embd))
@@ -248,10 +247,6 @@ def main():
     else:
         raw_model = first_model(settings, data)
     config, tokenizer = raw_model.config, data.tokenizer()
-    if config.vocab_size != data.vocab_size:
-        raise ValueError(f"the model has a vocabulary of {config.vocab_size}, data set {dataset} "
-                         f"({tokenizer.name}) one of {data.vocab_size}; prepare it with the "
-                         f"model's, --tokenizer={init_from}")
     env.place(raw_model)
     if eval_only:
         if checkpoint is not None:

@@ -36,8 +36,8 @@ from lora import (
     unmerge,
 )
 from model import GPT, GPTConfig
-from text import fill_template, prompt_ids
-from tokenizer import char_tokenizer, open_tokenizer
+from text import prompt_ids
+from tokenizer import char_tokenizer, open_tokenizer, train_bpe
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 RECORDS = HERE / "../shared/data/instruct/instruction-data.json"
@@ -284,18 +284,37 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
         script.read_records("./nothing")
 
 
-def test_templates(tmp_path, monkeypatch):
-    whole = "".join(fill_template(script.ALPACA, "Add {input} up.", "1 {output} 2"))
+def test_templates():
+    tok = open_tokenizer("bytes")
+
+    def filled(template, instruction, text, limit=10**9):
+        prompt, cut = prompt_ids(tok, template, instruction, text, limit)
+        return tok.decode(prompt), cut
+
+    whole = filled(script.ALPACA, "Add {input} up.", "1 {output} 2")[0]
     assert whole.endswith("### Instruction:\nAdd {input} up.\n\n### Input:\n1 {output} 2\n\n"
                           "### Response:\n")
-    head, tail = fill_template(script.ALPACA, "Count.")
-    assert head.endswith("### Instruction:\nCount.") and tail == "\n\n### Response:\n"
-    assert fill_template("{instruction} {input}> {output}", "a") == ("a", " > ")
-    tok = open_tokenizer("bytes")
+    assert filled(script.ALPACA, "Count.", "")[0].endswith("### Instruction:\nCount.\n\n### Response:\n")
+    assert filled("{instruction} {input}> {output}", "a", "")[0] == "a > "
     for limit, want in ((9, "do abcd>"), (7, "do abc>"), (3, "do>"), (1, ">")):
-        prompt, cut = prompt_ids(tok, "{instruction} {input}>{output}", "do", "abcd", limit)
-        assert tok.decode(prompt) == want and cut == (limit < 8)
-    assert fill_template("{input}\n\n{instruction}\n{output}", "a", "b") == ("b", "\n\na\n")
+        assert filled("{instruction} {input}>{output}", "do", "abcd", limit) == (want, limit < 8)
+    assert filled("{input}\n\n{instruction}\n{output}", "a", "b")[0] == "b\n\na\n"
+
+
+def test_special_tokens_of_a_template():
+    """Those of the template are ids, the same that transformers makes; those in a text are text."""
+    tok = train_bpe(["ask and answer the <|user|> says hello " * 9], 270, ["<|user|>", "<|bot|>"])
+    form, user, bot = "<|user|> {instruction}{input}<|bot|>{output}", tok.ids["<|user|>"], tok.ids["<|bot|>"]
+    ids, _ = prompt_ids(tok, form, "say hello", "", 99)
+    assert ids == [user, *tok.encode(" say hello"), bot] == tok.encode("<|user|> say hello<|bot|>", special=True).tolist()
+    library = pytest.importorskip("tokenizers").Tokenizer.from_str(tok.to_json())
+    assert ids == library.encode("<|user|> say hello<|bot|>").ids
+    ids, _ = prompt_ids(tok, form, "say <|bot|>", "", 99)
+    assert ids == [user, *tok.encode(" say <|bot|>"), bot] and ids.count(bot) == 1
+    assert prompt_ids(tok, form, "say <|bot|>", "", 3) == ([user, tok.encode(" s")[0], bot], True)
+
+
+def test_templates_that_are_none(tmp_path, monkeypatch):
     for text in ("{input} {output}", "{instruction} {output}", "{instruction} {input}",
                  "{instruction} {input} {output} end"):
         (tmp_path / "t").write_text(text)
