@@ -2,7 +2,8 @@
 
 A data folder holds `{train,val}_00000.bin …` (raw little-endian uint8 or uint16), `tokenizer.json`
 and, written last, `meta.json`. One with only nanoGPT's `train.bin` and `val.bin` is read as uint16
-GPT-2 tokens, or, with its `meta.pkl` beside them, as characters.
+GPT-2 tokens, or, with its `meta.pkl` beside them, as characters; so are the shards of llm.c (.bin
+with a header) and build-nanogpt (.npy), `NAME_train_000001.bin` and the like.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import time
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 
@@ -23,7 +24,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from bpe import map_ahead
+from bpe import available_cores, cut_batches, map_ahead
 from files import HERE, naming, write_text
 from text import sha256
 from tokenizer import Tokenizer, open_tokenizer
@@ -96,14 +97,15 @@ def _write_new(folder, tokenizer, splits, shard_tokens):
 def _write_split(folder, split, documents, tokenizer, shard_tokens):
     end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], tokenizer.dtype)
     info = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
-    start, workers = time.perf_counter(), os.cpu_count()
+    start, workers = time.perf_counter(), available_cores()
 
-    def encode(texts):
-        ids = [part for text in texts for part in (tokenizer.encode(text), end)]
-        return len(texts), sum(len(text.encode()) for text in texts), np.concatenate(ids)
+    def encode(batch):
+        ids = [part for text, ends in batch for part in (tokenizer.encode(text), end[:ends])]
+        size = sum(len(text.encode()) for text, _ in batch)
+        return sum(ends for _, ends in batch), size, np.concatenate(ids)
 
-    documents = iter(documents)
-    batches = iter(lambda: list(islice(documents, 512)), [])  # until an empty one
+    # The parts of a long text have the ids of the whole by our own tokenizers, where it is cut.
+    batches = cut_batches(documents, cut=tokenizer.name in ("gpt2", "bpe", "bytes", "char"))
     with (tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=0.5) as bar,
           ThreadPoolExecutor(workers) as pool):  # the encoders release the interpreter's lock
         for count, size, ids in map_ahead(pool, encode, batches, 3 * workers):
@@ -146,11 +148,14 @@ class Split:
     under a map would end the process without a word. The files stay open, so that a prepare in the
     middle of a run does not change its data."""
 
-    def __init__(self, files: list, dtype, vocab_size: int, num_bytes: int | None = None):
+    def __init__(self, files: list, dtype, vocab_size: int, num_bytes: int | None = None,
+                 headers: list | None = None):
         self.files, self.vocab_size, self.bytes = files, vocab_size, num_bytes
         self.dtype, self.lock = np.dtype(dtype), Lock()
+        self.headers = headers or [0] * len(files)  # bytes before the tokens of each
         self.opened = [open(file, "rb") for file in files]  # noqa: SIM115 (closed with the split)
-        sizes = [os.fstat(file.fileno()).st_size // self.dtype.itemsize for file in self.opened]
+        sizes = [(os.fstat(file.fileno()).st_size - header) // self.dtype.itemsize
+                 for file, header in zip(self.opened, self.headers)]
         self.ends = list(accumulate(sizes))  # of the shards, in tokens of the stream
         self.tokens = self.ends[-1]
 
@@ -160,7 +165,7 @@ class Split:
         count = min(count, self.ends[shard] - start)
         offset = start - (self.ends[shard - 1] if shard else 0)
         try:
-            self.opened[shard].seek(offset * size)
+            self.opened[shard].seek(self.headers[shard] + offset * size)
             raw = self.opened[shard].read(count * size)
         except OSError as e:
             raise OSError(f"cannot read {self.files[shard]}: {e.strerror or e}") from e
@@ -200,22 +205,30 @@ class Data:
         if (self.folder / "meta.json").is_file():
             self._open_shards(verify)
         else:
-            self._open_nanogpt()
+            self._open_foreign()
 
-    def _open_nanogpt(self):
-        files = [self.folder / "train.bin", self.folder / "val.bin"]
-        missing = [file.name for file in files if not file.is_file()]
+    def _open_foreign(self):
+        self.meta, self.vocab_size, self.eos_id = None, 50257, 50256
+        files, missing = {}, []
+        for split in ("train", "val"):
+            name = re.compile(rf"(.*_)?{split}(_\d+)?\.(bin|npy)")
+            files[split] = sorted(f for f in self.folder.glob("*") if name.fullmatch(f.name))
+            kinds = {(*name.fullmatch(f.name).group(1, 3), f.stem == split) for f in files[split]}
+            if len(kinds) > 1:
+                names = ", ".join(file.name for file in files[split])
+                raise ValueError(f"{self.folder} has shards of several data sets: {names}; give "
+                                 "each a folder of its own")
+            missing += [] if files[split] else [f"{split}.bin"]
+        if (self.folder / ".lock").exists():  # the folder is ours, and not whole
+            missing = ["nanoGPT's shards"]
         if missing:
             raise ValueError(f"no prepared data in {self.folder} (neither meta.json nor "
                              f"{' and '.join(missing)}); first run: {self.again}")
-        for file in files:
-            size = file.stat().st_size
-            if size % 2 or not size:
-                raise ValueError(f"{file} has {size:,} bytes, expected whole uint16 tokens")
-        self.meta, self.vocab_size, self.eos_id = None, 50257, 50256
         if (self.folder / "meta.pkl").is_file():
             self.vocab_size, self.eos_id = self.tokenizer().vocab_size, None
-        self.train, self.val = (Split([file], "<u2", self.vocab_size) for file in files)
+        for split, shards in files.items():
+            headers = [*map(foreign_header, shards)]
+            setattr(self, split, Split(shards, "<u2", self.vocab_size, headers=headers))
 
     def _open_shards(self, verify):
         try:
@@ -256,6 +269,37 @@ class Data:
         shards = self.meta and [shard.get("sha256") for split in ("train", "val")
                                 for shard in self.meta["splits"][split]["shards"]]
         return digest([self.train.tokens, self.val.tokens, shards])
+
+
+def foreign_header(file: Path) -> int:
+    """The size in bytes of the header of a shard with uint16 tokens: of llm.c, of build-nanogpt's
+    .npy, or none, of nanoGPT, known by their content. ValueError for one of any other kind."""
+    size = file.stat().st_size
+    if size % 2 or not size:
+        raise ValueError(f"{file} has {size:,} bytes, expected whole uint16 tokens")
+    ids = np.memmap(file, "<u2", "r")
+    magic, version, count = [*np.frombuffer(ids[:6].tobytes(), "<i4"), 0, 0, 0][:3]
+    if ids[:3].tobytes() == b"\x93NUMPY":
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        if array.dtype != np.uint16 or array.ndim != 1:
+            raise ValueError(f"{file} is an array of {array.dtype} {array.shape}, expected (N,) "
+                             "uint16 tokens as build-nanogpt writes")
+        return array.offset
+    if 20240000 < magic < 20300000:  # no GPT-2 tokens: the first of them would be above 50,257
+        if (magic, version, size) != (20240520, 1, 1024 + 2 * count):
+            raise ValueError(f"{file} has the magic number {magic}, version {version}, {count:,} "
+                             f"tokens in its header and {size:,} bytes; expected llm.c's GPT-2 "
+                             "tokens: 20240520, 1 and two bytes each after 1,024")
+        return 1024
+    if file.suffix == ".npy" or file.stem not in ("train", "val"):
+        raise ValueError(f"{file} has no header of llm.c's or NumPy's; if it has nanoGPT's plain "
+                         f"uint16 tokens, name it train.bin or val.bin")
+    start = ids[:1 << 16]
+    if len(start) >= 64 and start[1::2].max() <= 2 < start[::2].max():
+        raise ValueError(f"{file} has uint32 tokens (every second uint16 is 0 to 2), expected "
+                         "uint16; if they are GPT-2's: numpy.fromfile(FILE, 'u4').astype('u2')"
+                         ".tofile(FILE)")
+    return 0
 
 
 def check_file(file: Path, size: int, sha256sum):
