@@ -137,15 +137,18 @@ def available_cores() -> int:
 
 
 def cut_batches(documents, characters: int = 1 << 18, cut: bool = True):
-    """Lists of (text, whether its document ends there), of about `characters` in all. cut: longer
-    texts are cut between a visible character and a space, where no piece runs across."""
+    """Lists of (text, whether its document ends there), of about `characters` in all. A document is
+    a text, or (text, start, end) of a part of one, which needs no copy. cut: longer ones are cut
+    between a visible character and a space, where no piece runs across."""
     batch, size = [], 0
-    for text in documents:
-        start, end = 0, -1
-        while end < len(text):
-            found = CUT.search(text, start + characters) if cut else None
-            end = found.start() if found else len(text)
-            batch.append((text[start:end], end == len(text)))
+    for document in documents:
+        whole = isinstance(document, str)
+        text, start, last = (document, 0, len(document)) if whole else document
+        end = -1
+        while end < last:
+            found = CUT.search(text, start + characters, last) if cut else None
+            end = found.start() if found else last
+            batch.append((text[start:end], end == last))
             size, start = size + end - start + OVERHEAD, end
             if size >= characters:
                 yield batch

@@ -54,7 +54,7 @@ def digest(value) -> str:
 def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_000) -> dict:
     """Encodes documents on all cores and writes a data folder; returns its meta.json.
 
-    splits: {"train": iterable of str, "val": …}. End-of-text closes every document where the
+    splits: {"train": documents as of bpe.cut_batches, "val": …}. End-of-text closes every document where the
     tokenizer has one. Files appear under their names only when all are whole, meta.json last, so
     an interrupted call leaves either the old data or a folder without meta.json.
     """
@@ -219,11 +219,10 @@ class Data:
                 raise ValueError(f"{self.folder} has shards of several data sets: {names}; give "
                                  "each a folder of its own")
             missing += [] if files[split] else [f"{split}.bin"]
-        if (self.folder / ".lock").exists():  # the folder is ours, and not whole
-            missing = ["nanoGPT's shards"]
-        if missing:
-            raise ValueError(f"no prepared data in {self.folder} (neither meta.json nor "
-                             f"{' and '.join(missing)}); first run: {self.again}")
+        if missing or (self.folder / ".lock").exists():  # a lock: ours, and not whole
+            missing = " and ".join(missing) or "shards of others"
+            raise ValueError(f"no prepared data in {self.folder} (neither meta.json nor {missing});"
+                             f" first run: {self.again}")
         if (self.folder / "meta.pkl").is_file():
             self.vocab_size, self.eos_id = self.tokenizer().vocab_size, None
         for split, shards in files.items():
@@ -287,18 +286,17 @@ def foreign_header(file: Path) -> int:
         return array.offset
     if 20240000 < magic < 20300000:  # no GPT-2 tokens: the first of them would be above 50,257
         if (magic, version, size) != (20240520, 1, 1024 + 2 * count):
-            raise ValueError(f"{file} has the magic number {magic}, version {version}, {count:,} "
-                             f"tokens in its header and {size:,} bytes; expected llm.c's GPT-2 "
-                             "tokens: 20240520, 1 and two bytes each after 1,024")
+            raise ValueError(f"{file} has {size:,} bytes, magic number {magic}, version {version} "
+                             f"and {count:,} tokens by its header; expected llm.c's GPT-2 tokens: "
+                             "20240520, version 1, 1,024 bytes and two for each token")
         return 1024
     if file.suffix == ".npy" or file.stem not in ("train", "val"):
         raise ValueError(f"{file} has no header of llm.c's or NumPy's; if it has nanoGPT's plain "
                          f"uint16 tokens, name it train.bin or val.bin")
     start = ids[:1 << 16]
     if len(start) >= 64 and start[1::2].max() <= 2 < start[::2].max():
-        raise ValueError(f"{file} has uint32 tokens (every second uint16 is 0 to 2), expected "
-                         "uint16; if they are GPT-2's: numpy.fromfile(FILE, 'u4').astype('u2')"
-                         ".tofile(FILE)")
+        raise ValueError(f"{file} has uint32 tokens, every second uint16 is 0 to 2; GPT-2's can be "
+                         "made uint16: numpy.fromfile(FILE, 'u4').astype('u2').tofile(FILE)")
     return 0
 
 

@@ -64,13 +64,13 @@ def documents(patterns: list):
 def held_out(patterns: list, fraction: float, val: bool):
     """The part of the documents that is (or is not) for validation: the first of every 1/fraction,
     so that a stream need not be counted first; where there are fewer than that, the end of each."""
-    first = islice(documents(patterns), math.ceil(1 / fraction))
-    few = sum(1 for _ in first) < 1 / fraction  # counted, not kept: each may be a book
+    few = sum(1 for _ in islice(documents(patterns), math.ceil(1 / fraction))) < 1 / fraction
     for number, text in enumerate(documents(patterns)):
         if few:
             cut = int(len(text) * (1 - fraction))
-            if part := (text[cut:] if val else text[:cut]):
-                yield part
+            start, end = (cut, len(text)) if val else (0, cut)
+            if start < end:
+                yield text, start, end
             continue
         held = math.ceil((number + 1) * fraction) > math.ceil(number * fraction)
         if held == val:

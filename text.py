@@ -147,7 +147,7 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
         head = file.peek(4096).lstrip()
         if b"\0" in head:
             raise ValueError("it has zero bytes, as text in UTF-8 has not")
-        if not path.suffixes and head.startswith((b'{"', b'[{"')):
+        if not Path(path).suffixes and head.startswith((b'{"', b'[{"')):
             raise ValueError("it begins as JSON: let its name end in .json (standard input: "
                              "-.json), or in .txt to keep its braces")
         file = io.TextIOWrapper(file, "utf-8-sig")  # without Windows' byte-order mark
@@ -179,11 +179,11 @@ def text_field(row, column: str, where: str) -> str | None:
 
 def first_of(row: dict, names: list[str], default):
     """The value of the first of these columns that a row has, as written, or else in any case."""
-    for columns in (row, {str(name).strip().lower(): value for name, value in row.items()}):
-        for name in names:
-            if name in columns:
-                return columns[name]
-    return default
+    for name in names:
+        if name in row:
+            return row[name]
+    values = {str(name).strip().lower(): value for name, value in row.items()}
+    return next((values[name.lower()] for name in names if name.lower() in values), default)
 
 
 # ---- tables ----
@@ -218,12 +218,12 @@ def _json_values(file, column=None):
         try:
             value, position = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as e:
-            rest = text[position:]  # it may go on in the next piece
-            text, position = rest + file.read(max(1 << 20, len(rest))), 0
-            if len(text) == len(rest) and rest.strip() != "]" * is_array:
-                raise ValueError(f"record {number}: not JSON: {e}") from None
-            if len(text) == len(rest):
+            rest, more = text[position:], file.read(max(1 << 20, len(text) - position))
+            text, position = rest + more, 0  # the value may go on there
+            if not more and rest.strip() == "]" * is_array:
                 return
+            if not more:
+                raise ValueError(f"record {number}: not JSON: {e}") from None
         else:
             yield f"record {number}", value
             number += 1
@@ -238,7 +238,8 @@ def _csv_rows(file, column=None, quoting=csv.QUOTE_MINIMAL):
     first = next(lines, "")
     named = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)
     header = next(lines, "") if named else first
-    delimiter = named[1] if named else "\t" if "\t" in header else max(",;|", key=header.count)
+    bare = re.sub(r'"[^"]*"', "", header)
+    delimiter = named[1] if named else "\t" if "\t" in header else max(",;|", key=bare.count)
     reader = csv.reader(chain(["\n"] if named else [], [header], lines), delimiter=delimiter,
                         quoting=quoting, strict=True)
     start, empty = 1, []
