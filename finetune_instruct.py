@@ -99,7 +99,8 @@ def read_records(name: str, say=print) -> list[dict]:
     """The records of a file or hub data set, stripped; those with an empty answer are left out with
     a note. ValueError for one that is no instruction with an answer; of a hub data set, which nobody
     here can mend, it is left out, too."""
-    is_file, records, faults, wrong = Path(name).exists(), [], [], []
+    records, faults, wrong = [], [], []
+    is_file = Path(name).is_file() or Path(name, "state.json").is_file()  # datasets' folder
     if is_file:
         rows = read_table(name)
     else:

@@ -394,7 +394,8 @@ def instruction_record(row) -> dict:
         row = {"instruction": question and "\n\n".join([*system, question]), "output": answer}
     record = {}
     for field, names in FIELDS.items():
-        found = {name: row[name] for name in names if row.get(name) not in (None, "")}
+        found = {name: row[name] for name in names
+                 if row.get(name) or type(row.get(name)) in (int, float)}  # 0 is an answer
         if len(found) > 1 and field not in found:
             raise ValueError(f"both {' and '.join(found)}")
         value = next(iter(found.values()), "")
