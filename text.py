@@ -107,11 +107,12 @@ def opened(path):
         with opener(path, "rb") as file:
             yield known[-1] if known else "", file
     except UnicodeDecodeError as e:
+        byte = e.object[e.start]
         with opener(path, "rb") as file:  # once more, for the number of the line
-            number = next(number for number, line in enumerate(file, 1)
-                          if line.decode("utf-8", "ignore").encode() != line)
-        raise ValueError(f"{path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} in line "
-                         f"{number}; save it as UTF-8") from None
+            number = next(number for number, line in enumerate(file, 1) if byte in line and (
+                byte == 0 or line.decode("utf-8", "ignore").encode() != line))
+        raise ValueError(f"{path} is not UTF-8 text: byte 0x{byte:02x} in line {number}; save it "
+                         "as UTF-8") from None
     except OSError as e:
         raise OSError(f"cannot read {path}: {e.strerror or e}") from None
     except Exception as e:  # noqa: BLE001 (whatever a damaged file raises)
@@ -146,7 +147,8 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
             return
         head = file.peek(4096).lstrip()
         if b"\0" in head:
-            raise ValueError("it has zero bytes, as text in UTF-8 has not")
+            start = head.index(0)
+            raise UnicodeDecodeError("utf-8", head, start, start + 1, "no text has it")
         if not Path(path).suffixes and head.startswith((b'{"', b'[{"')):
             raise ValueError("it begins as JSON: let its name end in .json (standard input: "
                              "-.json), or in .txt to keep its braces")

@@ -432,7 +432,7 @@ def test_a_long_json_array_is_read_piece_by_piece(tmp_path):
 @pytest.mark.parametrize(("name", "content", "word"), [
     ("a.pdf", b"%PDF", "is a document, not its text: save it as .txt"), ("a.xlsx", b"PK", "spreadsheet: save it as .csv"),
     ("a.HTML", b"<p>", "text among markup"), ("train.bin", b"\1\2", "shards of tokens"),
-    ("a.txt", "caf\u00e9".encode("utf-16-le"), "zero bytes"), ("blob", b'{"text": "x"}', "begins as JSON: let its name end in .json"),
+    ("a.txt", "caf\u00e9".encode("utf-16-le"), "not UTF-8 text: byte 0x00 in line 1; save it"), ("blob", b'{"text": "x"}', "begins as JSON: let its name end in .json"),
     ("a.json", b'[{"text": "x"}, {"text": ]', "record 2: not JSON"), ("a.json", b'[{"text": "x"}', "record 2: not JSON"),
     ("a.json", b'{"data": [{"text": "x"}]}', "record 1: .*found {'data': 'list'}"),
     ("a.zst", b"no zstd", "cannot read"), ("a.bz2", b"no bz2", "cannot read"),
