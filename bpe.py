@@ -6,13 +6,16 @@ merged into a new token, again and again; of equally frequent pairs the one with
 """
 
 import heapq
+import math
 import os
+import re
 import signal
 import urllib.request
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from operator import add
+from pathlib import Path
 
 import regex
 from tqdm import tqdm
@@ -22,6 +25,9 @@ from text import fetch_wheel, sha256
 
 # GPT-2's own pattern in the form that tiktoken runs fastest: the same pieces, no backtracking.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CUT = regex.compile(r"(?<=\S)(?=\s)")
+OVERHEAD = 100  # what a text costs beside its characters, so that many short ones count, too
+CGROUPS = Path("/sys/fs/cgroup")
 # GPT-2 writes bytes as printable characters: most as themselves, the other 68 as U+0100 and up.
 BYTE_ORDER = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTE_ORDER += [b for b in range(256) if b not in BYTE_ORDER]  # the order of ids 0 to 255
@@ -106,47 +112,75 @@ def learn_merges(documents, n_merges: int) -> list[tuple[int, int]]:
 def count_pieces(documents, characters: int = 1 << 20) -> Counter:
     """How often each piece that PATTERN cuts occurs in the texts, counted on all cores; a process
     gets about so many characters at once."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pieces = Counter()
+    workers, pieces = available_cores(), Counter()
     # Ctrl-C is for this process, which then ends the others.
     with ProcessPoolExecutor(workers, initializer=signal.signal,
                              initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        for counts in map_ahead(pool, _count, _batches(documents, characters), 2 * workers):
+        for counts in map_ahead(pool, _count, cut_batches(documents, characters), 2 * workers):
             pieces.update(counts)
     return pieces
 
 
-def map_ahead(pool, function, batches, ahead: int):
-    """`pool.map`, but only so many batches are read ahead of the result that is asked for."""
-    running = deque()
-    for batch in batches:
-        running.append(pool.submit(function, batch))
-        if len(running) > ahead:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
-
-
 def _count(batch):
     pieces = Counter()
-    for text in batch:
+    for text, _ in batch:
         pieces.update(regex.findall(PATTERN, text))
     return pieces
 
 
-def _batches(documents, characters):
-    """Lists of texts with about `characters` in all. A longer text is cut between a visible
-    character and a space, where no piece runs across."""
-    part = regex.compile(rf"(?s).{{1,{characters}}}(?:.*?\S(?=\s)|.*)")
+# ---- texts on all cores ----
+
+def available_cores() -> int:
+    """The cores that this process may use: its affinity, and the quota of a container or a job
+    (cpu.max of its cgroup, version 2, or of one above), rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError):  # not Linux
+        own = re.search(r"^0::/(.*)", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+        folder = CGROUPS / own[1] if own else CGROUPS
+        for group in (folder, *folder.parents):
+            if (group / "cpu.max").is_file():
+                quota, period = (group / "cpu.max").read_text().split()
+                if quota != "max":
+                    cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
+
+
+def cut_batches(documents, characters: int = 1 << 18, cut: bool = True):
+    """Lists of (text, whether its document ends there), of about `characters` in all. A document is
+    a text, or (text, start, end) of a part of one, which needs no copy. cut: longer ones are cut
+    between a visible character and a space, where no piece runs across."""
     batch, size = [], 0
-    for text in documents:
-        for found in part.finditer(text):
-            batch.append(found[0])
-            size += len(found[0])
+    for document in documents:
+        whole = isinstance(document, str)
+        text, start, last = (document, 0, len(document)) if whole else document
+        end = -1
+        while end < last:
+            found = CUT.search(text, start + characters, last) if cut else None
+            end = found.start() if found else last
+            batch.append((text[start:end], end == last))
+            size, start = size + end - start + OVERHEAD, end
             if size >= characters:
                 yield batch
                 batch, size = [], 0
-    yield batch
+    if batch:
+        yield batch
+
+
+def map_ahead(pool, function, batches, ahead: int, characters: int = 1 << 25):
+    """`pool.map` over batches as above, but no more than `ahead` of them, and no more characters
+    (one longer batch, alone), are read before the result that is asked for."""
+    running, in_flight = deque(), 0
+    for batch in batches:
+        size = sum(len(text) + OVERHEAD for text, _ in batch)
+        while running and (len(running) > ahead or in_flight + size > characters):
+            future, done = running.popleft()
+            in_flight -= done
+            yield future.result()
+        running.append((pool.submit(function, batch), size))
+        in_flight += size
+        del batch  # the pool alone has it: it goes with its result
+    for future, _ in running:
+        yield future.result()
 
 
 # ---- GPT-2's vocabulary ----

@@ -2,7 +2,8 @@
 
 A data folder holds `{train,val}_00000.bin …` (raw little-endian uint8 or uint16), `tokenizer.json`
 and, written last, `meta.json`. One with only nanoGPT's `train.bin` and `val.bin` is read as uint16
-GPT-2 tokens, or, with its `meta.pkl` beside them, as characters.
+GPT-2 tokens, or, with its `meta.pkl` beside them, as characters; so are the shards of llm.c (.bin
+with a header) and build-nanogpt (.npy), `NAME_train_000001.bin` and the like.
 """
 
 import hashlib
@@ -13,9 +14,10 @@ import shlex
 import shutil
 import time
 from bisect import bisect_right
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 
@@ -23,10 +25,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from bpe import map_ahead
+from bpe import available_cores, cut_batches, map_ahead
 from files import HERE, naming, write_text
 from text import sha256
-from tokenizer import Tokenizer, open_tokenizer
+from tokenizer import EOT, Tokenizer, open_tokenizer
 
 # The commands that prepare the data sets of the configs.
 PREPARE = {"shakespeare": "prepare_text.py", "tinystories": "prepare_tinystories.py",
@@ -50,12 +52,14 @@ def digest(value) -> str:
 
 # ---- writing ----
 
-def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_000) -> dict:
+def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_000,
+               special: bool = False) -> dict:
     """Encodes documents on all cores and writes a data folder; returns its meta.json.
 
-    splits: {"train": iterable of str, "val": …}. End-of-text closes every document where the
-    tokenizer has one. Files appear under their names only when all are whole, meta.json last, so
-    an interrupted call leaves either the old data or a folder without meta.json.
+    splits: {"train": documents as of bpe.cut_batches, "val": …}. End-of-text closes every document
+    where the tokenizer has one. Special tokens written out in a text are text or, with `special`,
+    tokens. Files appear under their names only when all are whole, meta.json last, so an
+    interrupted call leaves either the old data or a folder without meta.json.
     """
     folder = data_folder(name)
     prepared = (folder / "meta.json").exists() or (folder / ".lock").exists()
@@ -68,7 +72,7 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_0
             shutil.rmtree(new, ignore_errors=True)  # of a killed call
             new.mkdir()
             try:
-                meta = _write_new(new, tokenizer, splits, shard_tokens)
+                meta = _write_new(new, tokenizer, splits, shard_tokens, special)
                 for pattern in ("meta.json", "train_[0-9]*.bin", "val_[0-9]*.bin"):
                     for file in folder.glob(pattern):
                         file.unlink()
@@ -81,29 +85,35 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_0
     return meta
 
 
-def _write_new(folder, tokenizer, splits, shard_tokens):
+def _write_new(folder, tokenizer, splits, shard_tokens, special):
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": digest(tokenizer.to_json()), "eos_id": tokenizer.eos_id,
             "dtype": tokenizer.dtype.name, "splits": {}}
     for split, documents in splits.items():
-        meta["splits"][split] = _write_split(folder, split, documents, tokenizer, shard_tokens)
+        meta["splits"][split] = _write_split(folder, split, documents, tokenizer, shard_tokens,
+                                             special)
     meta["sha256"] = digest(meta)
     write_text(folder / "tokenizer.json", tokenizer.to_json())
     write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return meta
 
 
-def _write_split(folder, split, documents, tokenizer, shard_tokens):
+def _write_split(folder, split, documents, tokenizer, shard_tokens, special):
     end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], tokenizer.dtype)
     info = {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
-    start, workers = time.perf_counter(), os.cpu_count()
+    start, workers, written = time.perf_counter(), available_cores(), Counter()
 
-    def encode(texts):
-        ids = [part for text in texts for part in (tokenizer.encode(text), end)]
-        return len(texts), sum(len(text.encode()) for text in texts), np.concatenate(ids)
+    def encode(batch):
+        rows = tokenizer.encode_documents([text for text, _ in batch], special)
+        ids = [part for row, (_, ends) in zip(rows, batch) for part in (row, end[:ends])]
+        size = sum(len(text.encode()) for text, _ in batch)
+        for token in () if special else tokenizer.special:
+            if len(token) > 1:  # a separator that is a character is part of the text
+                written[token] += sum(text.count(token) for text, _ in batch)
+        return sum(ends for _, ends in batch), size, np.concatenate(ids)
 
-    documents = iter(documents)
-    batches = iter(lambda: list(islice(documents, 512)), [])  # until an empty one
+    # The parts of a long text have the ids of the whole by our own tokenizers, where it is cut.
+    batches = cut_batches(documents, cut=tokenizer.name in ("gpt2", "bpe", "bytes", "char"))
     with (tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=0.5) as bar,
           ThreadPoolExecutor(workers) as pool):  # the encoders release the interpreter's lock
         for count, size, ids in map_ahead(pool, encode, batches, 3 * workers):
@@ -125,6 +135,8 @@ def _write_split(folder, split, documents, tokenizer, shard_tokens):
             info["shards"].append({
                 "file": path.name, "tokens": path.stat().st_size // tokenizer.dtype.itemsize,
                 "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+    if any(written.values()):
+        info["special_tokens_as_text"] = {t: written[t] for t in sorted(written) if written[t]}
     info["seconds"] = round(time.perf_counter() - start, 2)
     return info
 
@@ -136,6 +148,12 @@ def describe(meta: dict) -> str:
         lines.append(f"{split:5}{s['documents']:11,}{s['tokens']:14,}{s['bytes'] / 1e6:7.1f}"
                      f"{s['bytes'] / s['tokens']:13.2f}{s['seconds']:9.1f}"
                      f"{s['tokens'] / max(s['seconds'], 0.01):11,.0f}")
+    for split, s in meta["splits"].items():
+        for token, count in s.get("special_tokens_as_text", {}).items():
+            cut = f", --separator={shlex.quote(token)} cuts documents there"
+            lines.append(f"note: {split} has {token} written out {count:,} times, encoded as text; "
+                         "--parse_special makes the special token of it"
+                         + (cut if token == EOT else ""))
     return "\n".join(lines)
 
 
@@ -146,11 +164,14 @@ class Split:
     under a map would end the process without a word. The files stay open, so that a prepare in the
     middle of a run does not change its data."""
 
-    def __init__(self, files: list, dtype, vocab_size: int, num_bytes: int | None = None):
+    def __init__(self, files: list, dtype, vocab_size: int, num_bytes: int | None = None,
+                 headers: list | None = None):
         self.files, self.vocab_size, self.bytes = files, vocab_size, num_bytes
         self.dtype, self.lock = np.dtype(dtype), Lock()
+        self.headers = headers or [0] * len(files)  # bytes before the tokens of each
         self.opened = [open(file, "rb") for file in files]  # noqa: SIM115 (closed with the split)
-        sizes = [os.fstat(file.fileno()).st_size // self.dtype.itemsize for file in self.opened]
+        sizes = [(os.fstat(file.fileno()).st_size - header) // self.dtype.itemsize
+                 for file, header in zip(self.opened, self.headers)]
         self.ends = list(accumulate(sizes))  # of the shards, in tokens of the stream
         self.tokens = self.ends[-1]
 
@@ -160,7 +181,7 @@ class Split:
         count = min(count, self.ends[shard] - start)
         offset = start - (self.ends[shard - 1] if shard else 0)
         try:
-            self.opened[shard].seek(offset * size)
+            self.opened[shard].seek(self.headers[shard] + offset * size)
             raw = self.opened[shard].read(count * size)
         except OSError as e:
             raise OSError(f"cannot read {self.files[shard]}: {e.strerror or e}") from e
@@ -200,22 +221,29 @@ class Data:
         if (self.folder / "meta.json").is_file():
             self._open_shards(verify)
         else:
-            self._open_nanogpt()
+            self._open_foreign()
 
-    def _open_nanogpt(self):
-        files = [self.folder / "train.bin", self.folder / "val.bin"]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(f"no prepared data in {self.folder} (neither meta.json nor "
-                             f"{' and '.join(missing)}); first run: {self.again}")
-        for file in files:
-            size = file.stat().st_size
-            if size % 2 or not size:
-                raise ValueError(f"{file} has {size:,} bytes, expected whole uint16 tokens")
+    def _open_foreign(self):
         self.meta, self.vocab_size, self.eos_id = None, 50257, 50256
+        files, missing = {}, []
+        for split in ("train", "val"):
+            name = re.compile(rf"(.*_)?{split}(_\d+)?\.(bin|npy)")
+            files[split] = sorted(f for f in self.folder.glob("*") if name.fullmatch(f.name))
+            kinds = {(*name.fullmatch(f.name).group(1, 3), f.stem == split) for f in files[split]}
+            if len(kinds) > 1:
+                names = ", ".join(file.name for file in files[split])
+                raise ValueError(f"{self.folder} has shards of several data sets: {names}; give "
+                                 "each a folder of its own")
+            missing += [] if files[split] else [f"{split}.bin"]
+        if missing or (self.folder / ".lock").exists():  # a lock: ours, and not whole
+            missing = " and ".join(missing) or "shards of others"
+            raise ValueError(f"no prepared data in {self.folder} (neither meta.json nor {missing});"
+                             f" first run: {self.again}")
         if (self.folder / "meta.pkl").is_file():
             self.vocab_size, self.eos_id = self.tokenizer().vocab_size, None
-        self.train, self.val = (Split([file], "<u2", self.vocab_size) for file in files)
+        for split, shards in files.items():
+            headers = [*map(foreign_header, shards)]
+            setattr(self, split, Split(shards, "<u2", self.vocab_size, headers=headers))
 
     def _open_shards(self, verify):
         try:
@@ -256,6 +284,36 @@ class Data:
         shards = self.meta and [shard.get("sha256") for split in ("train", "val")
                                 for shard in self.meta["splits"][split]["shards"]]
         return digest([self.train.tokens, self.val.tokens, shards])
+
+
+def foreign_header(file: Path) -> int:
+    """The size in bytes of the header of a shard with uint16 tokens: of llm.c, of build-nanogpt's
+    .npy, or none, of nanoGPT, known by their content. ValueError for one of any other kind."""
+    size = file.stat().st_size
+    if size % 2 or not size:
+        raise ValueError(f"{file} has {size:,} bytes, expected whole uint16 tokens")
+    ids = np.memmap(file, "<u2", "r")
+    magic, version, count = [*np.frombuffer(ids[:6].tobytes(), "<i4"), 0, 0, 0][:3]
+    if ids[:3].tobytes() == b"\x93NUMPY":
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        if array.dtype != np.uint16 or array.ndim != 1:
+            raise ValueError(f"{file} is an array of {array.dtype} {array.shape}, expected (N,) "
+                             "uint16 tokens as build-nanogpt writes")
+        return array.offset
+    if 20240000 < magic < 20300000:  # no GPT-2 tokens: the first of them would be above 50,257
+        if (magic, version, size) != (20240520, 1, 1024 + 2 * count):
+            raise ValueError(f"{file} has {size:,} bytes, magic number {magic}, version {version} "
+                             f"and {count:,} tokens by its header; expected llm.c's GPT-2 tokens: "
+                             "20240520, version 1, 1,024 bytes and two for each token")
+        return 1024
+    if file.suffix == ".npy" or file.stem not in ("train", "val"):
+        raise ValueError(f"{file} has no header of llm.c's or NumPy's; if it has nanoGPT's plain "
+                         f"uint16 tokens, name it train.bin or val.bin")
+    start = ids[:1 << 16]
+    if len(start) >= 64 and start[1::2].max() <= 2 < start[::2].max():
+        raise ValueError(f"{file} has uint32 tokens, every second uint16 is 0 to 2; GPT-2's can be "
+                         "made uint16: numpy.fromfile(FILE, 'u4').astype('u2').tofile(FILE)")
+    return 0
 
 
 def check_file(file: Path, size: int, sha256sum):

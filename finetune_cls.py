@@ -35,7 +35,7 @@ from lora import set_trainable
 from model import GPT, GPTConfig
 from optim import build_optimizer
 from run import Run, figure
-from text import hub_rows, normalize, read_table
+from text import first_of, hub_rows, normalize, read_table
 from tokenizer import open_tokenizer
 
 # what and where
@@ -43,7 +43,7 @@ out_dir = "out/finetune_cls"  # the run's folder
 overwrite = False  # begin anew in a folder that holds a run
 init_from = "gpt2"  # a hub name, a Hugging Face or run folder; resume; a trained run, to predict
 data_dir: str | None = None  # where the three files are
-train_file: str | None = None  # .csv, .tsv, .txt (tabs, no quoting), .json[l][.gz|.xz] or .parquet
+train_file: str | None = None  # .csv, .tsv, .txt (tabs, no quoting), .json[l][.gz|.xz], .parquet …
 dev_file: str | None = None  # None: dev_fraction of train_file is cut off, by seed
 test_file: str | None = None  # its labels, if it has any, only measure the best model
 dataset: str | None = None  # a hub data set, NAME or NAME:CONFIG, where train_file is not here
@@ -104,10 +104,6 @@ class Example(NamedTuple):
     id: str
     text: tuple[str, ...]  # one text, or the two of a pair
     label: str | None  # the name of its class
-
-
-def first_of(row: dict, names: list[str], default):
-    return next((row[name] for name in names if name in row), default)
 
 
 def make_examples(table: list[dict], where: str, labels: bool | None) -> list[Example]:

@@ -36,7 +36,7 @@ from lora import save_adapter, set_trainable
 from model import GPT
 from optim import build_optimizer
 from run import Run
-from text import hub_rows, prompt_ids, read_table
+from text import hub_rows, instruction_record, prompt_ids, read_table
 
 # what and where
 out_dir = "out/finetune_instruct"  # the run's folder
@@ -86,7 +86,6 @@ request.
 
 ### Response:
 {output}"""
-FIELDS = ("instruction", "input", "output")
 FROM_ONE = ("epochs", "batch_size", "log_interval", "max_new_tokens", "eval_interval")
 CHOICES = {"mode": ("full", "lora", "last_blocks")}
 FIXED = ("template", "block_size", "seed", "mode", "train_blocks", "lora_rank", "lora_alpha",
@@ -96,23 +95,30 @@ FIXED = ("template", "block_size", "seed", "mode", "train_blocks", "lora_rank", 
 # ---- records ----
 
 def read_records(name: str, say=print) -> list[dict]:
-    """The records of a file or hub data set, stripped. ValueError for one without instruction or
-    output; of a hub data set, which nobody here can mend, it is left out with a note."""
-    is_file, records, faults = Path(name).is_file(), [], []
+    """The records of a file or hub data set, stripped; those with an empty answer are left out with
+    a note. ValueError for one that is no instruction with an answer; of a hub data set, which nobody
+    here can mend, it is left out, too."""
+    records, faults, wrong = [], [], []
+    is_file = Path(name).is_file() or Path(name, "state.json").is_file()  # datasets' folder
     if is_file:
         rows = read_table(name)
     else:
         rows = hub_rows(name, ["train"], "nor is it a file; give one with --data=FILE")["train"]
     for number, row in enumerate(rows, 1):
-        texts = [row.get(field) or "" if isinstance(row, dict) else "" for field in FIELDS]
-        texts = [text.strip() if isinstance(text, str) else None for text in texts]
-        if texts[0] and texts[1] is not None and texts[2]:
-            records.append(dict(zip(FIELDS, texts)))
-        else:
-            faults.append(f"record {number} of {name} needs texts as instruction and output (input "
-                          f"may be empty); it is {row!r:.90}")
-    if faults and (is_file or not records):
-        raise ValueError(faults[0])
+        try:
+            record = instruction_record(row)
+            if record["output"]:
+                records.append(record)
+                continue
+            found, kind = "an empty answer", faults
+        except (ValueError, AttributeError, TypeError) as e:
+            found, kind = e, wrong
+        kind.append(f"record {number} of {name} needs texts as instruction and output (input may "
+                    f"be empty), prompt and completion, or a chat of one question and one answer in "
+                    f"messages or conversations; found {found}; it is {row!r:.90}")
+    if wrong and is_file or not records and wrong + faults:
+        raise ValueError((wrong + faults)[0])
+    faults = wrong + faults
     if faults:
         say(f"{len(faults):,} of {len(records) + len(faults):,} records left out; {faults[0]}")
     return records

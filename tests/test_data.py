@@ -1,5 +1,7 @@
 """Shards, documents and the order of windows."""
 
+import bz2
+import csv
 import gzip
 import hashlib
 import json
@@ -12,9 +14,10 @@ import threading
 import numpy as np
 import pytest
 
+import bpe
 from data import Data, Split, WindowOrder, write_data
 from files import replacing
-from text import find_files, read_documents
+from text import find_files, read_documents, read_table
 from tokenizer import char_tokenizer, open_tokenizer
 
 STORIES = [f"Story {i} of a cat that sat{' on the mat' * (i % 7)}.\nThe end … é 😀" for i in range(90)]
@@ -185,6 +188,99 @@ def test_damaged_shards_are_named(tmp_path):
         Data(damage(tmp_path, lambda folder: (folder / "train_00000.bin").unlink()))
 
 
+GPT2 = (np.arange(3000) * 7 % 50257).astype("<u2")
+
+
+def foreign_file(path, kind, dtype="<u2", magic=20240520, version=1, count=3000):
+    ids = GPT2.astype(dtype)
+    if kind == "npy":
+        with open(path, "wb") as file:
+            np.save(file, ids)
+        return
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, count
+    path.write_bytes((header.tobytes() if kind == "llm.c" else b"") + ids.tobytes())
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "llm.c", "npy"])
+@pytest.mark.parametrize("names", ["train.bin val.bin", "tiny_train.bin tiny_val.bin",
+    "few_train_000001.bin few_train_000002.bin few_val_000000.bin", "edu_train_000001.npy edu_val_000000.npy"])
+def test_shards_of_others_are_read_or_refused(tmp_path, kind, names):
+    for name in names.split():
+        foreign_file(tmp_path / name, kind)
+    if kind == "nanogpt" and names != "train.bin val.bin":
+        with pytest.raises(ValueError, match="no header of llm.c's or NumPy's; .* name it train.bin"):
+            Data(f"{tmp_path}/")
+        return
+    data, shards = Data(f"{tmp_path}/"), names.count("train")
+    assert (data.train.tokens, data.val.tokens) == (3000 * shards, 3000)
+    assert (data.train.rows([0], 3000 * shards)[0] == np.tile(GPT2, shards)).all()
+    assert data.vocab_size == 50257 and data.eos_id == 50256
+
+
+@pytest.mark.parametrize(("kind", "options", "word"), [
+    ("nanogpt", {"dtype": "<u4"}, r"train.bin has uint32 tokens, every second uint16 .*astype"),
+    ("npy", {"dtype": "<u4"}, r"an array of uint32 \(3000,\), expected"),
+    ("llm.c", {"magic": 20240801, "version": 7, "dtype": "<u4"}, "magic number 20240801, version 7 .*expected llm.c's"),
+    ("llm.c", {"count": 2999}, "has 7,024 bytes, .* and 2,999 tokens by its header")])
+def test_other_tokens_are_refused_by_name(tmp_path, kind, options, word):
+    for split in ("train", "val"):
+        foreign_file(tmp_path / f"{split}.bin", kind, **options)
+    with pytest.raises(ValueError, match=word) as e:
+        Data(f"{tmp_path}/")
+    assert "\n" not in str(e.value)
+
+
+def test_two_data_sets_in_a_folder_are_not_mixed(tmp_path):
+    for name in ("a_train.bin", "b_train.bin", "a_val.bin"):
+        foreign_file(tmp_path / name, "llm.c")
+    with pytest.raises(ValueError, match=r"several data sets: a_train.bin, b_train.bin; give each"):
+        Data(f"{tmp_path}/")
+
+
+def test_our_shards_without_their_meta_are_no_others(tmp_path):
+    name = write(tmp_path)
+    (Data(name).folder / "meta.json").unlink()
+    with pytest.raises(ValueError, match="no prepared data"):
+        Data(name)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "char"])
+def test_long_and_many_documents_have_the_ids_of_each_alone(tmp_path, tokenizer):
+    texts = ["One  story,\n and 'nother's end … " * 20_000, "x", "x" * 400_000, *STORIES, "é " * 300_000]
+    opened = char_tokenizer(set("".join(texts))) if tokenizer == "char" else open_tokenizer(tokenizer)
+    write_data(f"{tmp_path}/set", opened, {"train": texts, "val": ["x"]})
+    end = [] if opened.eos_id is None else [opened.eos_id]
+    want = np.concatenate([part for text in texts for part in (opened.encode(text), end)])
+    data = Data(f"{tmp_path}/set")
+    assert (data.train.rows([0], data.train.tokens)[0] == want).all()
+    assert data.meta["splits"]["train"]["documents"] == len(texts)
+
+
+@pytest.mark.parametrize(("count", "size"), [(120, 1_000_000), (600, 200_000)])
+def test_what_is_read_ahead_is_bounded_by_characters(tmp_path, monkeypatch, count, size):
+    monkeypatch.setattr("data.available_cores", lambda: 64)
+    read, written = 0, lambda: sum(file.stat().st_size for file in tmp_path.glob("set/new.part/*.bin"))
+
+    def documents():
+        nonlocal read
+        for _ in range(count):
+            read += size
+            assert read - written() < 50_000_000
+            yield "ab c" * (size // 4)
+
+    write_data(f"{tmp_path}/set", open_tokenizer("bytes"), {"train": documents(), "val": ["x"]})
+
+
+def test_cores_are_those_of_the_affinity_and_of_the_quota(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(48), raising=False)
+    monkeypatch.setattr(bpe, "CGROUPS", tmp_path)
+    assert bpe.available_cores() == 48
+    for quota, cores in (("max 100000", 48), ("150000 100000", 2), ("6400000 100000", 48)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert bpe.available_cores() == cores
+
+
 @pytest.mark.parametrize("change", [
     {"dtype": "float64"}, {"vocab_size": -1}, {"vocab_size": 10**30}, {"vocab_size": "256"},
     {"sha256": "0"}, {"eos_id": 999}, {"splits": {}}, {"splits": {"train": 3, "val": 4}},
@@ -263,9 +359,6 @@ def test_documents_of_every_format(tmp_path):
         assert list(read_documents(tmp_path / name)) == STORIES, name
     shutil.copy(tmp_path / "a.jsonl.gz", tmp_path / "B.JSONL.GZ")
     assert list(read_documents(tmp_path / "B.JSONL.GZ")) == STORIES
-    pq.write_table(pa.table({"text": [*STORIES, None]}), tmp_path / "null.parquet")
-    with pytest.raises(ValueError, match=f"null.parquet .* row {len(STORIES) + 1}: .*'NoneType'"):
-        list(read_documents(tmp_path / "null.parquet"))
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(STORIES), encoding="utf-8")
     assert list(read_documents(tmp_path / "a.txt", "<|endoftext|>")) == STORIES
     assert list(read_documents(tmp_path / "a.txt")) == ["<|endoftext|>".join(STORIES)]
@@ -278,7 +371,72 @@ def test_documents_of_every_format(tmp_path):
                                                                "a.jsonl.xz"]
 
 
+BOOKS = ["One\nbook, “quoted”; | \t.", "Zwei\n\né 😀", "Three"]
+
+
+def saved_tables(folder):
+    """The same three books and a null in every format of a table; line ends are Windows'."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from pyarrow import feather
+    rows = [{"id": i, "story": book and book.replace("\n", "\r\n")}
+            for i, book in enumerate([*BOOKS[:2], None, BOOKS[2]])]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    written = {"a.json": json.dumps(rows, indent=1), "b.json": lines, "c.ndjson": lines,
+               "d.json": "\n".join(json.dumps(row, indent=2) for row in rows)}
+    for name, text in written.items():
+        (folder / name).write_text(text, encoding="utf-8-sig")
+    for name, delimiter in (("e.csv", ","), ("f.csv", ";"), ("g.csv", "|"), ("h.tsv", "\t")):
+        with open(folder / name, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, delimiter=delimiter)
+            table.writerow(["id", " Story"])  # the null is a row of one field
+            table.writerows(row.values() if row["story"] else [row["id"]] for row in rows)
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, folder / "i.parquet")
+    feather.write_feather(table, folder / "j.arrow", compression="zstd")
+    with pa.ipc.new_stream(folder / "k.arrow", table.schema) as stream:
+        stream.write_table(table)
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "l", num_shards=2)
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(folder / "m")
+    (folder / "n.jsonl.bz2").write_bytes(bz2.compress(lines.encode()))
+    for name, raw in (("o.jsonl.zst", lines.encode()), ("p.csv.zst", (folder / "e.csv").read_bytes())):
+        with pa.output_stream(folder / name, compression="zstd") as file:
+            file.write(raw)
+    return folder
+
+
+def test_every_table_gives_the_same_documents(tmp_path, capsys):
+    paths = [*saved_tables(tmp_path).iterdir(), tmp_path / "m" / "train"]
+    paths.remove(tmp_path / "m")
+    for path in sorted(paths):
+        found = [text for file in find_files([str(path)])
+                 for text in read_documents(file, column="story")]
+        assert found == BOOKS, path
+        said = capsys.readouterr().err
+        assert said.count("1 of") == 1 and "rows left out, whose story is null" in said, path
+        texts = [row.get("story", row.get("Story")) for row in read_table(path)]
+        assert [text and text.replace("\r", "") for text in texts] == [*BOOKS[:2], None, BOOKS[2]], path
+    with pytest.raises(ValueError, match=r"m is a folder: give \S+/m/train"):
+        find_files([str(tmp_path / "m")])
+    with pytest.raises(ValueError, match="line 2: expected .* 'text', found {'id': 'str', 'Story': 'str'}"):
+        list(read_documents(tmp_path / "e.csv"))
+
+
+def test_a_long_json_array_is_read_piece_by_piece(tmp_path):
+    texts = ["x" * n for n in (3_000_000, 1, 1_048_576, 5)] * 3
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
+    assert list(read_documents(tmp_path / "a.json")) == texts
+
+
 @pytest.mark.parametrize(("name", "content", "word"), [
+    ("a.pdf", b"%PDF", "is a document, not its text: save it as .txt"), ("a.xlsx", b"PK", "spreadsheet: save it as .csv"),
+    ("a.HTML", b"<p>", "text among markup"), ("train.bin", b"\1\2", "shards of tokens"),
+    ("a.txt", "caf\u00e9".encode("utf-16-le"), "not UTF-8 text: byte 0x00 in line 1; save it"), ("blob", b'{"text": "x"}', "begins as JSON: let its name end in .json"),
+    ("a.json", b'[{"text": "x"}, {"text": ]', "record 2: not JSON"), ("a.json", b'[{"text": "x"}', "record 2: not JSON"),
+    ("a.json", b'{"data": [{"text": "x"}]}', "record 1: .*found {'data': 'list'}"),
+    ("a.zst", b"no zstd", "cannot read"), ("a.bz2", b"no bz2", "cannot read"),
+    ("a.csv", b'text\n"a\nb"\n"c\n d" e\nf\n', "that begins in line 4"), ("a.arrow", b"no", "cannot be read as .arrow"),
     ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"line 2: .* field 'text', found {'body': 'str'}"),
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
     ("a.jsonl", b'{"text": 3}\n', "found {'text': 'int'}"), ("a.jsonl", b"3\n", "found int"), ("a.txt", b"caf\xe9", "not UTF-8 text: byte 0xe9 in line 1"),

@@ -263,14 +263,62 @@ def test_every_format_gives_the_same_records(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row", [
-    {"instruction": "a", "input": ""}, {"instruction": "a", "output": " \n"}, "text",
-    {"instruction": "a", "output": 3}, {"instruction": "", "output": "b"},
-    {"instruction": "a", "input": ["b"], "output": "b"}])
+    {"instruction": "a", "input": ""}, "text", {"instruction": "a", "output": True},
+    {"instruction": "", "output": "b"}, {"instruction": "a", "input": ["b"], "output": "b"}])
 def test_a_record_that_cannot_be_used_is_named(tmp_path, row):
     file = write_records(tmp_path / "r.json", [{"instruction": "a", "output": "b"}, row])
     with pytest.raises(ValueError, match=r"record 2 of \S+r\.json needs texts as .*; it is ") as e:
         script.read_records(str(file))
     assert str(e.value).endswith(repr(row))
+
+
+def turns(*texts, roles=("user", "assistant"), names=("role", "content")):
+    return [dict(zip(names, turn)) for turn in zip(roles * 2, texts)]
+
+
+SYSTEM = ("system", "user", "assistant")
+OF = [  # what people bring, and the record that it is
+    ({"prompt": "a", "completion": "b"}, ("a", "", "b")), ({"prompt": " a", "response": "b\n"}, ("a", "", "b")),
+    ({"instruction": "a", "context": "c", "response": "b", "category": "qa"}, ("a", "c", "b")),
+    ({"instruction": "a", "output": 3, "prompt": "Below is a"}, ("a", "", "3")),
+    ({"instruction": "a", "input": 2.5, "output": 0}, ("a", "2.5", "0")),
+    ({"messages": turns("a", "b")}, ("a", "", "b")), ({"messages": turns("s", "a", "b", roles=SYSTEM)}, ("s\n\na", "", "b")),
+    ({"conversations": turns("a", "b", roles=("human", "gpt"), names=("from", "value")), "id": 7}, ("a", "", "b"))]
+
+
+@pytest.mark.parametrize(("row", "want"), OF)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_instructions_by_other_names(tmp_path, row, want, suffix):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / "r.parquet")
+    else:
+        (tmp_path / "r.jsonl").write_text(json.dumps(row))
+    found = script.read_records(str(tmp_path / f"r.{suffix}"))
+    assert found == [dict(zip(("instruction", "input", "output"), want))]
+
+
+@pytest.mark.parametrize(("row", "word"), [
+    ({"question": "a", "answer": "b"}, "found the fields question, answer;"), ({"prompt": "a"}, "the fields prompt;"),
+    ({"messages": turns("a", "b", "c", "d")}, r"a chat of 4 turns \(user assistant user assistant\);"),
+    ({"messages": turns("a", "b", roles=("user", "tool"))}, r"a chat of 2 turns \(user tool\);"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "b"}]}, "record 2"),
+    ({"messages": "a"}, "record 2"), ({"prompt": "a", "completion": "b", "response": "c"}, "both completion and response;")])
+def test_what_is_no_instruction_is_refused(tmp_path, row, word):
+    file = write_records(tmp_path / "r.json", [{"instruction": "a", "output": "b"}, row])
+    with pytest.raises(ValueError, match=word) as e:
+        script.read_records(str(file))
+    assert "expected" not in str(e.value) or "\n" not in str(e.value)
+    assert "record 2" in str(e.value) and "prompt and completion" in str(e.value)
+
+
+@pytest.mark.parametrize("answer", ["", " \n", None])
+def test_empty_answers_are_counted_and_left_out(tmp_path, answer):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": answer}]
+    said = []
+    assert len(script.read_records(str(write_records(tmp_path / "r.json", rows)), said.append)) == 1
+    assert said[0].startswith("1 of 2 records left out; record 2 of") and "an empty answer" in said[0]
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers import pre_tokenizers as pre
 
 from tokenizer import from_json, open_tokenizer
@@ -32,19 +32,19 @@ TEXTS = make_texts()
 
 
 def trained(pre_tokenizer=None, normalizer=None, special=("<|endoftext|>",), prefix=False):
-    tok = Tokenizer(models.BPE())
+    tok = Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = pre_tokenizer or pre.ByteLevel(add_prefix_space=prefix)
-    tok.decoder = decoders.ByteLevel()
+    tok.decoder = tokenizers.decoders.ByteLevel()
     if normalizer:
         tok.normalizer = normalizer
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=list(special), show_progress=False,
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=list(special), show_progress=False,
                                   initial_alphabet=pre.ByteLevel.alphabet())
     tok.train_from_iterator(TEXTS[:200], trainer)
     return tok
 
 
 def template(single, tok, *names):
-    return processors.TemplateProcessing(
+    return tokenizers.processors.TemplateProcessing(
         single=single, special_tokens=[(name, tok.token_to_id(name)) for name in names])
 
 
@@ -92,10 +92,10 @@ def build(folder, how, added=(), template_=None, roberta=False, sequence=False, 
     if template_:
         tok.post_processor = template(template_, tok, *special)
     if roberta:
-        tok.post_processor = processors.RobertaProcessing(("</s>", tok.token_to_id("</s>")),
+        tok.post_processor = tokenizers.processors.RobertaProcessing(("</s>", tok.token_to_id("</s>")),
                                                           ("<s>", tok.token_to_id("<s>")))
     if sequence:
-        tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), tok.post_processor])
+        tok.post_processor = tokenizers.processors.Sequence([tokenizers.processors.ByteLevel(trim_offsets=False), tok.post_processor])
     folder.mkdir(exist_ok=True, parents=True)
     eos = special[-1]
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
@@ -153,7 +153,9 @@ def test_ids_are_those_of_autotokenizer(tmp_path, how, options):
     assert ours.eos_id == theirs.eos_token_id and ours.vocab_size == len(theirs)
     again = from_json(ours.to_json())
     assert again.to_json() == ours.to_json() and again.eos_id == ours.eos_id
-    assert again.encode_documents(TEXTS).tolist() == ours.encode_documents(TEXTS).tolist()
+    closed = bool(ours.frame[1]) and ours.frame[1][-1] == ours.eos_id
+    for ids, text in zip(again.encode_documents(TEXTS), TEXTS):
+        assert ids.tolist() == ours.encode(text).tolist()[:-1 if closed else None]
     ours.save(tmp_path / "export")
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
     for text in TEXTS:

@@ -124,6 +124,49 @@ def test_tinystories_from_the_hubs_text_files(tmp_path, capsys):
     assert Data(f"{tmp_path}/set").meta["splits"]["train"]["documents"] == 5
 
 
+def prepare(tmp_path, *argv, stdin=b""):
+    done = subprocess.run([sys.executable, HERE / "prepare_text.py", f"--name={tmp_path}/set",
+                           "--tokenizer=bytes", *map(str, argv)], input=stdin, capture_output=True, check=False)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize(("name", "stdin"), [
+    ("-", "".join(STORIES).encode()), ("-.jsonl", b'{"text": "a b c d e f g h"}\n'),
+    ("-.jsonl.gz", gzip.compress(b'{"text": "a b c d e f g h"}\n'))])
+def test_standard_input(tmp_path, name, stdin):
+    assert prepare(tmp_path, "--input", name, stdin=stdin)[0] == 0
+    opened = Data(f"{tmp_path}/set")
+    want = "".join(STORIES) if name == "-" else "a b c d e f g h"
+    parts = [text_of(split, opened.tokenizer()) for split in (opened.train, opened.val)]
+    assert "".join(parts).replace("<|endoftext|>", "") == want
+
+
+def test_json_on_standard_input_is_not_trained_on_with_its_braces(tmp_path):
+    status, said = prepare(tmp_path, "--input=-", stdin=b'{"text": "a"}\n')
+    assert status == 2 and "begins as JSON: let its name end in .json (standard input: -.json)" in said
+
+
+def test_what_is_given_twice_is_said(tmp_path):
+    for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
+        (tmp_path / f"{name}.txt").write_text(text * 30)
+    files = [tmp_path / f"{name}.txt" for name in "abc"]
+    status, said = prepare(tmp_path, "--input", *files[:2], files[1], "--val_input", files[2])
+    assert status == 0 and Data(f"{tmp_path}/set").meta["splits"]["train"]["documents"] == 3
+    assert f"{files[1]} (training) is {files[1]} (training) again: its text counts twice\n" in said
+    assert f"{files[2]} (validation) is {files[0]} (training) again: its text makes validation" in said
+    assert said.count("again") == 2
+
+
+def test_a_column_of_any_table(tmp_path, capsys):
+    rows = [{"story": story, "text": "no"} for story in STORIES]
+    (tmp_path / "data00.json").write_text(json.dumps(rows))
+    run_script(prepare_tinystories, f"--train_input={tmp_path}/data00.json", "--column=story",
+               f"--val_input={tmp_path}/data00.json", f"--name={tmp_path}/set")
+    opened = Data(f"{tmp_path}/set")
+    assert text_of(opened.train, opened.tokenizer()).split("<|endoftext|>")[:-1] == STORIES
+    assert "makes validation losses too low" in capsys.readouterr().err
+
+
 def test_shakespeare_is_plain_text():
     text = prepare_text.shakespeare()
     assert text.startswith("THESEUS:\nNow, fair Hippolyta, our nuptial hour\n")

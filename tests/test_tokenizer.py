@@ -413,6 +413,23 @@ def test_wheel_offline(monkeypatch):
     assert "\n" not in str(e.value)
 
 
+def test_wheel_without_pip(wheel, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"thing==1.0 .* lacks: run `uv pip install pip`") as e:
+        fetch_wheel("thing==1.0", wheel)
+    assert "\n" not in str(e.value)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    by_pip = subprocess.run
+
+    def run(command, **options):
+        assert command[:5] == ["uv", "tool", "run", "pip", "download"]
+        return by_pip([sys.executable, "-m", *command[3:]], **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert fetch_wheel("thing==1.0", wheel).read("thing/a.txt") == b"hello"
+
+
 # ---- training ----
 
 def train_slowly(texts, n):
