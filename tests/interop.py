@@ -250,8 +250,9 @@ def results(program: str, folder: Path, names: list[str]) -> dict:
     file.unlink(missing_ok=True)
     with open(folder / f"{program}.log", "w", encoding="utf-8") as log:
         child = Path(__file__).with_name("interop_programs.py")
-        status = subprocess.run([python, child, program, folder, *names], cwd=folder, check=False,
-                                env=os.environ | OFFLINE, stdout=log, stderr=log).returncode
+        status = subprocess.run(["timeout", "1200", python, child, program, folder, *names],
+                                cwd=folder, env=os.environ | OFFLINE, stdout=log, stderr=log,
+                                check=False).returncode
     found, lines = {}, file.read_text("utf-8").splitlines() if file.is_file() else []
     for model, check, result in map(json.loads, lines):
         found.setdefault(check, {})[model] = result
