@@ -1,9 +1,10 @@
 # make run: the quick start. make test: everything the tests need, then the tests. make faults: what
-# kills, full disks and damaged files do to a run, some minutes. make report: docs/report.pdf.
+# kills, full disks and damaged files do to a run, some minutes. make interop: what other programs
+# make of our exports, each installed in .venv-interop/ (5 GB). make report: docs/report.pdf.
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: run test faults report clean
+.PHONY: run test faults interop report clean
 
 run: .venv/installed
 	@test -f data/shakespeare/meta.json || $(PY) prepare_text.py
@@ -16,6 +17,9 @@ test: .venv/installed-dev
 
 faults: .venv/installed-dev
 	$(PY) tests/test_faults.py
+
+interop: .venv/installed-dev
+	$(PY) tests/interop.py
 
 report: .venv/installed
 	$(PY) -m pip install --quiet -r requirements-docs.txt
@@ -33,4 +37,4 @@ report: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-interop
