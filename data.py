@@ -215,7 +215,7 @@ class Data:
     wrong and which command mends it."""
 
     def __init__(self, name: str, verify: bool = False):
-        self.folder = data_folder(name)
+        self.folder, self.note = data_folder(name), None
         self.again = "python " + PREPARE.get(
             name, f"prepare_text.py --name={shlex.quote(name)} --input=FILES")
         if (self.folder / "meta.json").is_file():
@@ -241,6 +241,8 @@ class Data:
                              f" first run: {self.again}")
         if (self.folder / "meta.pkl").is_file():
             self.vocab_size, self.eos_id = self.tokenizer().vocab_size, None
+        else:
+            self.note = f"note: {self.folder} has no meta.pkl: its ids are taken as GPT-2's tokens"
         for split, shards in files.items():
             headers = [*map(foreign_header, shards)]
             setattr(self, split, Split(shards, "<u2", self.vocab_size, headers=headers))

@@ -115,7 +115,7 @@ def parse_decoding(text: str, config) -> dict:
                              f"{', '.join(SAMPLING)}, or of {', '.join(BEAM_SEARCH)}")
         options = {key: kinds[key](value) for key, value in given.items()}
         check_beams(config, options.get("num_beams", 1), options.get("length_penalty", 1.0))
-        check_sampling(config, torch.zeros(1, 1), max_new_tokens, options.get("temperature", 1.0),
+        check_sampling(torch.zeros(1, 1), max_new_tokens, options.get("temperature", 1.0),
                        options.get("top_k"), options.get("top_p"))
     except ValueError as e:
         raise ValueError(f"decoding {text!r}: {e}") from None

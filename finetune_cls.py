@@ -294,7 +294,7 @@ def read_config(name: str) -> tuple[dict, list[str]]:
     file = local_folder(name) / "config.json"
     config = read_json(file) if file.is_file() else {}
     labels = config.get("id2label")
-    if labels is None and 'ForSequenceClassification"' in str(config.get("architectures")):
+    if labels is None and "ForSequenceClassification" in str(config.get("architectures")):
         labels = {0: "LABEL_0", 1: "LABEL_1"}  # which transformers does not write down
     return config, [labels[number] for number in sorted(labels or {}, key=int)]
 

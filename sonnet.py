@@ -289,7 +289,7 @@ def main():
                          "prepare its data with --separator, or with a BPE (tokenizer.py train)")
     T = model.config.block_size
     rows, dev = encode(poems, tok, T), encode(gold, tok, T)
-    check_sampling(model.config, torch.zeros(1, 1), max_new_tokens, temperature, top_k, top_p)
+    check_sampling(torch.zeros(1, 1), max_new_tokens, temperature, top_k, top_p)
     check_beams(model.config, num_beams, 1.0)
     encode(prompts | test, tok, T, whole=False)  # refused now rather than after training
     known = digest([rows, dev])

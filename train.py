@@ -230,6 +230,8 @@ def main():
     check(settings)
     settings["ranks"], say = env.world, env.say
     data = Data(dataset, verify)
+    if data.note:
+        say(data.note)
     if data.val.tokens < 2:
         raise ValueError("the validation split has 1 token, it needs 2 to be evaluated")
     checkpoint = None

@@ -139,6 +139,14 @@ def test_best_loads_in_transformers_with_our_logits(base, tmp_path, pairs, style
     if style == "cloze":
         want = want[torch.arange(len(ids)), last][:, script.answer_ids(tokenizer, names)]
     assert (net.eval()(ids, last) - want).abs().max() < 1e-5
+    if style == "head":  # raw texts, in one padded batch, by the tokenizer that lies with it
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "best")
+        fits = [i for i, row in enumerate(rows) if len(row) < 18 and i < len(test)]
+        raw = [[*parts] for parts in zip(*((test + examples(texts))[i].text for i in fits))]
+        assert (hf(**theirs(*raw, padding=True, return_tensors="pt")).logits - want[fits]).abs().max() < 1e-5
+        classify = transformers.pipeline("text-classification", str(tmp_path / "best"), truncation=True)
+        said = classify([dict(zip(("text", "text_pair"), test[i].text)) for i in fits[:3]])
+        assert [one["label"] for one in said] == [names[want[i].argmax()] for i in fits[:3]]
     with open(tmp_path / "predictions_test.csv", encoding="utf-8") as file:
         written = list(csv.DictReader(file))
     assert [(row["id"], row["label"]) for row in written] == [(e.id, e.label) for e in test]
@@ -158,6 +166,31 @@ def test_best_loads_in_transformers_with_our_logits(base, tmp_path, pairs, style
     assert (tmp_path / f"predictions_of_{file}").read_text() == (
         tmp_path / "predictions_test.csv").read_text()  # beside the run, and its own are untouched
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("names", [["LABEL_0", "LABEL_1"], ["bad", "so so", "good"]])
+def test_a_classifier_from_elsewhere_predicts_and_keeps_its_names(base, tmp_path, names, capsys):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    labels = {} if len(names) == 2 else {"id2label": dict(enumerate(names)),
+                                         "label2id": {name: i for i, name in enumerate(names)}}
+    config = transformers.GPT2Config(vocab_size=256, n_positions=40, n_embd=16, n_layer=1, n_head=2,
+                                     pad_token_id=255, eos_token_id=255, bos_token_id=255, **labels)
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    torch.nn.init.normal_(model.score.weight, std=9.0)
+    model.save_pretrained(tmp_path / "theirs")
+    open_tokenizer("bytes").save(tmp_path / "theirs")
+    said = transformers.pipeline("text-classification", str(tmp_path / "theirs"))(["one text", "another"])
+    start(f"--init_from={tmp_path}/theirs", "--predict", "one text", "another")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{s['label']}  {s['score']:.3f}  {t}" for s, t in zip(said, ["one text", "another"])]
+    if len(names) == 3:  # the numbers of a table are its classes
+        for split in SPLITS:
+            rows = [{"text": f"text {i} {'abc'[i % 3]}", "label": i % 3} for i in range(30)]
+            write(tmp_path / f"{split}.csv", rows)
+        results = run_script(base, tmp_path / "run", f"--init_from={tmp_path}/theirs", "--epochs=1",
+                             f"--data_dir={tmp_path}")
+        assert results["classes"] == names and names[2] in (tmp_path / "run" / "predictions_dev.csv").read_text()
 
 
 def test_a_padded_batch_has_the_logits_of_each_row_alone(base):
@@ -527,7 +560,7 @@ GOOD = [{"text": f"x {'ab'[i % 2]}", "label": i % 2} for i in range(8)]
     ({}, ["--init_from=./nothing"], "no folder"), ({}, ["--max_tokens=0"], "max_tokens must"),
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no"], r"'1'\], none .*\[' no'\]\]"),
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no", " qqq"], "none .* 'q'"),
-    ({}, ["--classes", "0", "1", "1"], "each named once"), ({}, ["--predict=x"], "no run of fine"),
+    ({}, ["--classes", "0", "1", "1"], "each named once"), ({}, ["--predict=x"], "is no classifier"),
     ({}, ["--train_file=missing.csv"], "cannot read missing.csv"),
     ({"test": [{"text": "x"}]}, ["--score_test"], "row 1 of .* has the label 'None'")])
 def test_mistakes_are_one_line(base, tmp_path, changes, argv, word):

@@ -144,7 +144,7 @@ def test_script(tmp_path, monkeypatch, capsys):
         run("--batch_size=0")
     monkeypatch.setattr(evaluate, "decode_all", None)  # before anything is decoded
     for way, word in (("top_p=1.5", "top_p must"), ("num_beams=0", "1 … 256"),
-                      ("top_k=0", "top_k must"), ("temperature=-1", "temperature must"),
+                      ("top_k=-1", "top_k must"), ("temperature=-1", "temperature must"),
                       ("num_beams=2,length_penalty=nan", "length_penalty must")):
         with pytest.raises(ValueError, match=f"decoding '{way}': .*{word}"):
             run("--decoding", "greedy", way)

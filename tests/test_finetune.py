@@ -195,13 +195,13 @@ def test_adapters_that_do_not_fit(tmp_path):
                         ({"n_layer": 2}, r"h\.2\.")):
         with pytest.raises(ValueError, match=word):
             load_adapter(tiny(**other), tmp_path)
-    for change, word in (({"use_rslora": True}, "use_rslora=True"), ({"peft_type": "IA3"}, "IA3"),
+    for change, word in (({"mystery": 3}, "mystery=3"), ({"peft_type": "IA3"}, "IA3"),
                          ({"init_lora_weights": "pissa"}, "pissa"), ({"r": 8}, r"needs \[8, 32\]"),
-                         ({"alpha_pattern": {"c_fc": 1}}, "alpha_pattern"), ({"r": "4"}, "rank"),
+                         ({"task_type": "SEQ_CLS"}, "SEQ_CLS, .*merge it by PEFT"), ({"r": "4"}, "rank"),
                          ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias='all'"),
                          ({"modules_to_save": ["wte"]}, "modules_to_save"),
                          ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-                         ({"rank_pattern": {"c_fc": 1}}, "rank_pattern"),
+                         ({"rank_pattern": {"c_fc": 1}}, r"needs \[1, 32\]"),
                          ({"lora_alpha": "4"}, "alpha"), ({"lora_dropout": None}, "dropout")):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=word):
@@ -216,6 +216,9 @@ def test_adapters_that_do_not_fit(tmp_path):
         save_file(changed, tmp_path / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=word):
             load_adapter(tiny(), tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors and no adapter_model\.bin"):
+        load_adapter(tiny(), tmp_path)
     with pytest.raises(OSError, match="No such file"):
         load_adapter(tiny(), tmp_path / "nothing")
     for targets in (["c_attention"], [], ["c_attn", "wte"], ["lm_head"]):
@@ -224,6 +227,39 @@ def test_adapters_that_do_not_fit(tmp_path):
     for rank, dropout in ((0, 0.0), (4, 1.0)):
         with pytest.raises(ValueError, match="rank must be"):
             add_lora(tiny(), rank, 8.0, dropout)
+
+
+@pytest.mark.parametrize("options", [
+    {"use_rslora": True}, {"rank_pattern": {"c_fc": 2, r"h\.1\.attn\.c_attn": 8}},
+    {"alpha_pattern": {"attn.c_proj": 3}, "use_rslora": True}, {"layers_to_transform": [0, 2]},
+    {"rank_pattern": {"mlp.c_proj": 3}, "alpha_pattern": {"c_proj": 5}}])
+def test_adapters_of_peft_with_patterns(tmp_path, options):
+    peft = pytest.importorskip("peft")
+    tiny().save_pretrained(tmp_path / "base")
+    theirs = pytest.importorskip("transformers").GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    config = peft.LoraConfig(r=4, lora_alpha=9, target_modules=["c_attn", "c_proj", "c_fc"],
+                             fan_in_fan_out=True, task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(theirs, config, autocast_adapter_dtype=False).double()
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(tmp_path / "adapter")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "older")
+    (tmp_path / "older" / "adapter_model.safetensors").unlink()
+    torch.save(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), tmp_path / "older" / "adapter_model.bin")
+    x = ids()
+    for folder in ("adapter", "older"):
+        model = GPT.from_pretrained(tmp_path / "base").double()
+        load_adapter(model, tmp_path / folder)
+        assert (model.eval()(x)[0] - theirs.eval()(x).logits).abs().max() < 1e-9
+
+
+def test_a_missing_base_is_named(tmp_path):
+    model = tiny()
+    add_lora(model, 4, 8.0)
+    save_adapter(model, tmp_path / "a", tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"a/adapter_config\.json names the base model .*gone: no folder"):
+        load_model(tmp_path / "a")
 
 
 # ---- records and templates ----
