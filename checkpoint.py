@@ -6,13 +6,14 @@ model as a Hugging Face folder. A folder that holds a run is not written over un
 
 import math
 import os
+import shlex
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from files import read_json, replacing
+from files import HERE, read_json, replacing, write_text
 from foreign import OTHER_FILES, TOKENIZER_FILES, check_readable
 from hf import find_file, load_torch, local_folder, make_config, read_model_ids
 from lora import load_adapter, merge, unmerge
@@ -24,9 +25,14 @@ FIELDS = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "set
           "step": int, "tokens": int, "skipped": int, "elapsed_s": float, "tokenizer": str,
           "best_loss": (float, tuple), "loss_sum": float, "counted": int}
 OLDER = {"skipped": 0, "loss_sum": 0.0, "counted": 0}  # which older checkpoints lack
+# Settings that a resumed run does not take from its checkpoint.
+OF_THE_MOMENT = ("init_from", "out_dir", "overwrite", "device", "dtype", "compile", "verify",
+                 "eval_only", "quantize", "log_interval", "sample_tokens", "wandb_project",
+                 "tensorboard", "keep_checkpoints", "max_skipped", "predict", "predict_file")
+NEWEST = HERE / "out" / ".newest"  # names the folder of the run that was saved last
 # What a run leaves in its folder.
-RUN_FILES = ("ckpt.pt", "ckpt-*.pt", "best", "adapter", "results.json", "metrics.jsonl", "loss.png",
-             "answers.jsonl", "confusion.png", "predictions", "predictions_*.csv",
+RUN_FILES = ("ckpt.pt", "ckpt-*.pt", "best", "adapter", "tensorboard", "results.json",
+             "metrics.jsonl", "loss.png", "answers.jsonl", "confusion.png", "predictions", "predictions_*.csv",
              "generated_*.txt", "dev_*.txt")
 
 
@@ -93,12 +99,29 @@ def newest_checkpoint(out_dir: Path, say=print, **more: type) -> dict | None:
     return None
 
 
-def check_settings(path: Path, old: dict, new: dict, names):
-    """ValueError where a resumed run would go on with another value of one of these settings."""
-    for name in names:
-        if name in old and new[name] != old[name]:
-            raise ValueError(f"{path} was trained with {name}={old[name]}, not {new[name]}; give "
-                             "that, or another --out_dir")
+def take_settings(script: dict):
+    """Gives a script that resumes the settings of the run in its out_dir, but for those that a
+    command line or a config file gave, and those of the machine and the moment."""
+    script["_given"] = script.get("_given", set())
+    if script["init_from"] not in ("resume", "auto"):
+        return
+    for path in checkpoints(Path(script["out_dir"]))[:2]:
+        with suppress(ValueError, TypeError, OSError):  # a damaged one is for open_run
+            old = load_torch(path).get("settings")
+            script.update({name: value for name, value in dict(old).items() if name in script
+                           and name not in script["_given"] and name not in OF_THE_MOMENT})
+            return
+
+
+def check_settings(path: Path, old: dict, new: dict, names, command: str | None = None):
+    """ValueError, with all of them, where a resumed run would go on with other values of these
+    settings; command: by which the run was begun."""
+    other = [f"{name}={old[name]}, not {new[name]}" for name in sorted(names)
+             if name in old and new[name] != old[name]]
+    if other:
+        begun = f" (it was begun by: {command})" if command else ""
+        raise ValueError(f"{path} was trained with {'; '.join(other)}; give that, or another "
+                         f"--out_dir{begun}")
 
 
 def check_data(checkpoint: dict | None, digest: str, name):
@@ -177,7 +200,8 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type) -> dict | No
     env.sum(0)  # the other ranks wait for that
     if resumes and checkpoints(out):
         checkpoint = newest_checkpoint(out, env.say, **fields)
-        check_settings(checkpoint["path"], checkpoint["settings"], settings, fixed)
+        check_settings(checkpoint["path"], checkpoint["settings"], settings, fixed,
+                       checkpoint.get("command"))
         return checkpoint
     if init_from == "resume":
         raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start without --init_from=resume")
@@ -220,17 +244,28 @@ def save_best(out_dir: Path, model, tokenizer, **config):
 
 # ---- models by name ----
 
+def note_newest(out: Path):
+    """Notes a run as the one that was saved last."""
+    with suppress(OSError):  # a copy of the scripts that cannot be written
+        write_text(NEWEST, f"{out.resolve()}\n")
+
+
 def newest_run() -> str:
-    """The run folder under out/ that was written last, but for classifiers, which write no text;
-    without one `weights`, which it says. ValueError if there is neither."""
-    checkpoints = []
-    for file in Path("out").glob("*/ckpt.pt"):
-        config = file.parent / "best" / "config.json"
+    """The run that was saved last: the one that a training noted in out/.newest, or below out/. A
+    classifier writes no text: that is said, and the next one taken. Without a run it is `weights`,
+    which is said, too. ValueError if there is neither."""
+    noted = NEWEST.read_text("utf-8").strip() if NEWEST.is_file() else ""
+    files = {file.resolve() for file in [Path(noted, "ckpt.pt"), *Path("out").glob("**/ckpt.pt")]
+             if file.is_file() and file.parent.name not in ("new", "new.whole")}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        run, config = file.parent, file.parent / "best" / "config.json"
+        if run.is_relative_to(Path.cwd()):
+            run = run.relative_to(Path.cwd())
         text = config.read_text("utf-8", errors="replace") if config.is_file() else ""
         if 'ForSequenceClassification"' not in text:
-            checkpoints.append(file)
-    if checkpoints:
-        return str(max(checkpoints, key=lambda file: file.stat().st_mtime).parent)
+            return str(run)
+        print(f"the newest run, {run}, is a classifier, see what it makes of a text by: python "
+              f"finetune_cls.py --init_from={shlex.quote(str(run))} --predict \"TEXT\"")
     local_folder("weights")
     print("no run under out/ yet: this is the model in weights/, which came with the code")
     return "weights"

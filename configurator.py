@@ -33,6 +33,15 @@ LITERAL = (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.expr_contex
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 READ = {"int": int, "float": float, "bool": BOOLS.__getitem__, "str": str,
         "literal": ast.literal_eval}  # literal: anything, the kind of an unannotated None
+NANOGPT = {  # its settings, and what stands for them here
+    "max_iters": "max_steps", "warmup_iters": "warmup_steps", "eval_iters": "eval_tokens, which "
+    "counts tokens (its eval_iters x batch_size x block_size)", "min_lr": "min_lr_scale, a fraction "
+    "of learning_rate (its min_lr / learning_rate)", "lr_decay_iters": "max_steps, over which the "
+    "rate decays", "decay_lr": "lr_schedule (decay_lr=False is constant)",
+    "gradient_accumulation_steps": "total_batch_tokens (its gradient_accumulation_steps x batch_size"
+    " x block_size)", "always_save_checkpoint": "none: every evaluation saves", "backend": "none: it "
+    "is nccl on GPUs, gloo elsewhere", "wandb_log": "wandb_project, which is enough",
+    "wandb_run_name": "out_dir, after which the run is named"}
 KINDS = {*READ, "list", "list[int]", "list[float]", "list[bool]", "list[str]"}
 
 
@@ -41,13 +50,14 @@ def configure(settings: dict, argv=None, commands=(), positionals=False) -> list
 
     Returns the command word (the first word, one of `commands`, if any are declared), then the
     other words if `positionals`, among which a .py file is no config. Where anything is wrong,
-    raises ValueError with one line and leaves `settings` untouched. `--help` prints and exits 0.
+    raises ValueError with one line and leaves `settings` untouched. settings["_given"] are the
+    names of those that were given. `--help` prints and exits 0.
     """
     known = find_settings(settings)
     kinds = {name: kind for name, (_, kind, _) in known.items()}
     values = {name: default for name, (default, _, _) in known.items()}
     todo, words = list(sys.argv[1:] if argv is None else argv), []
-    given = {}  # by options, not by config files
+    given, in_configs = {}, set()  # by options, and by config files
     first = f"the first word is one of {', '.join(commands)}"
     while todo:
         word = todo.pop(0)
@@ -70,8 +80,9 @@ def configure(settings: dict, argv=None, commands=(), positionals=False) -> list
             if is_list and value and given.get(name):  # else the later wins
                 raise error(f"{option} is given twice; give all its values at once: {option} A B")
             values[name] = given[name] = value
-        elif word.endswith(".py") and not (words and positionals):
-            values = read_config(word, kinds, values)
+        elif is_config(word) and not (words and positionals):
+            values, names = read_config(word, kinds, values)
+            in_configs |= names
         elif commands and not words and word not in commands:
             raise error(f"unexpected word {word!r}; {first}")
         elif positionals or (commands and not words):
@@ -81,7 +92,7 @@ def configure(settings: dict, argv=None, commands=(), positionals=False) -> list
                         "a config file ends in .py")
     if commands and not words:
         raise error(f"a word is missing; {first}")
-    settings.update(values)
+    settings.update(values, _given={*given, *in_configs})
     return words
 
 
@@ -127,7 +138,7 @@ def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None
             sys.exit(141)  # 128 + SIGPIPE, as the shell's own tools
         message = f"error: {error(str(e) or type(e).__name__)}"
     with suppress(OSError):  # a log on the disk that is full
-        print(rank + message, file=sys.stderr)
+        sys.stderr.write(f"{rank}{message}\n")  # at once, beside the lines of other ranks
     sys.exit(status)
 
 
@@ -184,6 +195,9 @@ def parse(words, kind):
         if len(words) == 1 and type(value) is list:
             return value
         return [parse([word], kind[5:-1] or "str") for word in words if words != [""]]
+    if kind == "str":  # the shell does not do it after a `=`
+        home = words[0] == "~" or words[0].startswith("~/")
+        return os.path.expanduser(words[0]) if home else words[0]
     try:
         return READ[kind](words[0])
     except Exception:  # noqa: BLE001  (literal_eval raises SyntaxError, TypeError, MemoryError, …)
@@ -205,8 +219,16 @@ def check(where, value, kind):
     raise error(f"{where}: got {value!r}, expected {kind}")
 
 
+def is_config(word) -> bool:
+    """Whether a word names a config file, with or without its .py."""
+    return word.endswith(".py") or "/" in word and any(
+        os.path.isfile(os.path.join(folder, f"{word}.py")) for folder in ("", HERE))
+
+
 def read_config(word, kinds, values):
-    """Run a config file over the current values; returns what it leaves them at, checked."""
+    """Run a config file over the current values; returns what it leaves them at, checked, and the
+    names that it gave a value, or took over from another with another value."""
+    word = word if word.endswith(".py") else f"{word}.py"
     path = word if os.path.exists(word) else os.path.join(HERE, word)
     if not os.path.exists(path):
         there = ", ".join(sorted(glob.glob("config/[!_]*.py", root_dir=HERE))) or "none"
@@ -214,7 +236,8 @@ def read_config(word, kinds, values):
     space = copy.deepcopy(values) | {"__file__": os.path.abspath(path), "__name__": "config"}
     try:
         with open(path, "rb") as f:
-            exec(compile(f.read(), path, "exec", dont_inherit=True), space)  # noqa: S102
+            tree = ast.parse(f.read(), path)
+        exec(compile(tree, path, "exec", dont_inherit=True), space)  # noqa: S102
     except Exception as e:  # noqa: BLE001
         lines = [n for f, n in traceback.walk_tb(e.__traceback__) if f.f_code.co_filename == path]
         line = lines[-1] if lines else getattr(e, "lineno", None)
@@ -224,8 +247,11 @@ def read_config(word, kinds, values):
         helper = name.startswith("_") or callable(value) or isinstance(value, ModuleType)
         if name not in kinds and not helper:
             raise unknown(f"{word}: {name}", name, kinds)
-    return {name: check(f"{word}: {name}", space.get(name, values[name]), kind)
-            for name, kind in kinds.items()}
+    new = {name: check(f"{word}: {name}", space.get(name, values[name]), kind)
+           for name, kind in kinds.items()}
+    assigned = {node.id for node in ast.walk(tree)
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return new, {name for name in kinds if name in assigned or new[name] != values[name]}
 
 
 def print_help(doc, known):
@@ -238,6 +264,8 @@ def print_help(doc, known):
 
 
 def unknown(shown, name, kinds, dashes=""):
+    if name in NANOGPT:
+        return error(f"{shown} is nanoGPT's; here it is {NANOGPT[name]}")
     near = difflib.get_close_matches(name, kinds, 1)
     hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists the settings"
     return error(f"{shown}: unknown setting; {hint}")

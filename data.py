@@ -39,10 +39,16 @@ PREPARE = {"shakespeare": "prepare_text.py", "tinystories": "prepare_tinystories
 
 
 def data_folder(name: str) -> Path:
-    """`data/NAME` beside the scripts; something with a slash in it is a path as it stands."""
-    if name in ("", ".", ".."):
+    """`data/NAME` beside the scripts, also written so; another name with a slash in it is a path as
+    it stands."""
+    if name.strip("/") in ("", ".", ".."):
         raise ValueError(f"{name!r} does not name a data set; a path needs a slash in it")
-    return Path(name) if "/" in name or os.sep in name else HERE / "data" / name
+    path = Path(name)
+    if len(path.parts) == 2 and path.parts[0] == "data" and not path.exists():
+        return HERE / path
+    if len(path.parts) == 1 and (not path.is_dir() or "/" not in name):  # a slash may end it
+        return HERE / "data" / path
+    return path
 
 
 def digest(value) -> str:

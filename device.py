@@ -34,13 +34,14 @@ class Device:
     """
 
     def __init__(self, device: str = "auto", dtype: str = "auto"):
+        check_launch(os.environ)
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.held = None  # the lock of the run's folder
         if device == "auto":
             mps = torch.backends.mps.is_available() and self.world == 1  # gloo cannot reduce there
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        if device == "cuda":
+        if device in ("cuda", "gpu"):
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         try:
             self.device = torch.device(device)
@@ -179,6 +180,23 @@ class Device:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
+
+
+def check_launch(environ):
+    """ValueError where the environment names ranks by halves, or a scheduler started several
+    processes that do not know of each other."""
+    start = "start all ranks by torchrun --standalone --nproc_per_node=N SCRIPT.py …"
+    if environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(key)]
+        if missing:
+            raise ValueError(f"WORLD_SIZE={environ['WORLD_SIZE']} is in the environment, but not "
+                             f"{' and '.join(missing)}; {start}, or unset WORLD_SIZE for one rank")
+    elif "RANK" not in environ:
+        for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if environ.get(key, "1") not in ("", "1"):
+                raise ValueError(f"a scheduler started {environ[key]} tasks ({key}) of which each "
+                                 f"would be a whole training; have it start one a node, and there "
+                                 f"{start}; or unset {key}")
 
 
 def read_settings(script: dict, from_one: tuple, choices: dict | None = None) -> dict:

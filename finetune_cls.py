@@ -15,6 +15,7 @@ adapters merged, is transformers' GPT2ForSequenceClassification.
 import csv
 import math
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import check_data, load_model, model_tokenizer, open_run, save_best
+from checkpoint import (
+    check_data,
+    load_model,
+    model_tokenizer,
+    open_run,
+    save_best,
+    take_settings,
+)
 from configurator import run as run_script
 from data import digest
 from device import begin
@@ -84,6 +92,7 @@ predict: list[str] = []  # texts to classify with a trained run (of pairs: two a
 predict_file: str | None = None  # a table to classify with it
 log_interval = 20  # updates between lines
 wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
+tensorboard = False  # also log for TensorBoard (pip install tensorboard)
 # the machine
 device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
@@ -479,6 +488,7 @@ def classify(env):
 
 
 def main():
+    take_settings(globals())
     settings, env, out = begin(globals(), FROM_ONE, CHOICES)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
     if predict or predict_file:
@@ -597,7 +607,7 @@ def main():
         run.metrics.plot(unit="text")
     run.results(results)
     env.say(f"{run.step:,} steps in {run.elapsed_s:.0f} s, {texts_per_s:.1f} texts/s\n"
-            f"classify: python finetune_cls.py --init_from={out} --predict \"…\"")
+            f"classify: python finetune_cls.py --init_from={shlex.quote(str(out))} --predict \"…\"")
     env.close()
 
 

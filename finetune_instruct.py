@@ -13,6 +13,7 @@ alone, in PEFT's format. Losses are nats per token of the answers, end-of-text i
 
 import json
 import math
+import shlex
 import shutil
 from collections import Counter
 from itertools import zip_longest
@@ -25,7 +26,14 @@ import torch
 from sacrebleu.metrics import CHRF
 from torch import nn
 
-from checkpoint import check_data, load_model, open_run, save_best, saved_model
+from checkpoint import (
+    check_data,
+    load_model,
+    open_run,
+    save_best,
+    saved_model,
+    take_settings,
+)
 from configurator import run as run_script
 from data import digest
 from decode import left_padded, prepare
@@ -69,6 +77,7 @@ eval_interval: int | None = None  # updates between evaluations on dev; None: an
 max_new_tokens = 128  # of an answer
 num_answers = 10  # printed at the end; all are in OUT/answers.jsonl
 wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
+tensorboard = False  # also log for TensorBoard (pip install tensorboard)
 # the machine
 device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
@@ -273,6 +282,7 @@ def table(rows: list[dict]) -> str:
 # ---- the whole ----
 
 def main():
+    take_settings(globals())
     settings, env, out = begin(globals(), FROM_ONE, CHOICES)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
     checkpoint = open_run(env, out, settings, FIXED, before=float, base=str, template=str, data=str)
@@ -318,7 +328,7 @@ def main():
               eval_interval or max_steps // epochs, checkpoint)
     if run.step >= max_steps and (out / "results.json").is_file():
         env.say(f"{out} is finished: {run.step} steps, best dev loss {run.best[0]:.4f}; see "
-                f"{out / 'results.json'}, or: python sample.py --init_from={out} --instruct …")
+                f"{out / 'results.json'}, or: python sample.py --init_from={shlex.quote(str(out))} --instruct …")
         return env.close()
     before = evaluate(net, test, env) if checkpoint is None else checkpoint["before"]
     del checkpoint
@@ -378,7 +388,7 @@ def main():
             print(table(answered[:num_answers]))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
         print(f"{run.step:,} steps in {run.elapsed_s:.0f} s; {len(test):,} test answers: {shown}\n"
-              f"all: {out / 'answers.jsonl'}; ask: python sample.py --init_from={out} --instruct …")
+              f"all: {out / 'answers.jsonl'}; ask: python sample.py --init_from={shlex.quote(str(out))} --instruct …")
     env.close()
 
 

@@ -6,6 +6,7 @@ under `"talegpt": {...}` where they are not at their default; such a file has an
 and our layout of weights, so that no other program takes it for a GPT-2.
 """
 
+import difflib
 import json
 import pickle
 import re
@@ -64,6 +65,10 @@ def find_file(name, file: str, revision=None) -> Path | None:
         if (HERE / config).is_file():
             hint = f"the header of {config} says how to make it"
         raise ValueError(f"no such run: {name}; {hint}")
+    near = difflib.get_close_matches(str(name), [path.name for path in Path().iterdir()
+                                                  if path.is_dir()] + ["weights"], 1, 0.8)
+    if near and "gpt2" not in str(name):  # before the hub is asked, which takes its time
+        raise ValueError(f"no folder {name}; did you mean {near[0]}?")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
         raise ValueError(f"no folder {name}, and it is not a hub name such as gpt2 or owner/name")
     return hub_file(str(name), file, revision)
@@ -235,7 +240,7 @@ def load(model_class, config_class, name, revision, dtype, block_size, dropout):
     if block_size is not None:
         if block_size > config.block_size:
             raise ValueError(f"block_size={block_size} is more than the {config.block_size} "
-                             f"positions of {name}")
+                             f"positions of {name}; --block_size={config.block_size} would do")
         config.block_size = block_size
         if "wpe" in model.transformer:
             wpe = model.transformer.wpe

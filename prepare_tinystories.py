@@ -12,7 +12,7 @@ import ftfy
 
 from configurator import run
 from data import describe, write_data
-from text import find_files, hub_rows, note_repeats, read_documents, text_field
+from text import find_files, hub_rows, note_repeats, read_documents, text_field, typed
 from tokenizer import open_tokenizer
 
 name = "tinystories"  # data/NAME is written; or a path with a slash in it
@@ -29,7 +29,7 @@ hub_dataset = "roneneldan/TinyStories"  # CDLA-Sharing-1.0
 def read_stories(files: list, split: str):
     """The stories of a split: of files, or of the hub's data set where there are none."""
     if files:
-        return (text for file in files for text in read_documents(file, separator, column))
+        return (text for file in files for text in read_documents(file, typed(separator), column))
     rows = hub_rows(hub_dataset, [split], "download its files where there is a network and give "
                     "them with --train_input and --val_input", streaming=True)
     where = f"{hub_dataset}, split {split}"

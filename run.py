@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import fitting, replace_run, restore, save_checkpoint
+from checkpoint import fitting, note_newest, replace_run, restore, save_checkpoint
 from configurator import command_line
 from files import naming, replacing, write_text
 
@@ -46,13 +46,15 @@ class Run:
                  eval_interval: int, checkpoint: dict | None = None, schedule=None,
                  flops: int | None = None):
         self.env, self.out, self.model, self.optimizer = env, out, model, optimizer
+        self.folder = out / "new" if checkpoint is None else out  # until the first save
+        self.begin_logging(settings, checkpoint or {})
+        self.command = (checkpoint or {}).get("command") or command_line()  # by which it was begun
         self.settings, self.max_steps, self.eval_interval = settings, max_steps, eval_interval
         self.flops, self.parameters = flops, [*model.parameters()]
         warmup = round(settings.get("warmup_fraction", 0.1) * max_steps)
         self.schedule = schedule or partial(lr_scale, "linear", max_steps=max_steps,
                                             warmup_steps=warmup)
         self.best, self.last_saved = (math.inf,), None
-        self.folder = out / "new" if checkpoint is None else out  # until the first save
         vars(self).update({key: (checkpoint or COUNTS)[key] for key in COUNTS})
         if checkpoint is not None:
             with fitting(checkpoint["path"]):
@@ -70,13 +72,33 @@ class Run:
         self.stopped = self.improved = self.evaluates = self.saves = False
         self.logs = True  # of an evaluation before the first step
         self.row = {key: getattr(self, key) for key in ("step", "tokens", "elapsed_s")}
-        self.metrics = self.wandb = self.received = None
+        self.metrics = self.received = None
         if env.rank == 0:
             self.metrics = Metrics(self.folder, -1 if checkpoint is None else self.step)
+
+    def begin_logging(self, settings: dict, checkpoint: dict):
+        """Weights & Biases and TensorBoard, where they are asked for, before any file is touched;
+        a resumed run goes on with its own curves. ValueError where one cannot begin."""
+        self.wandb = self.tensorboard = None
+        if self.env.rank:
+            return
+        try:
             if settings.get("wandb_project"):
                 import wandb
-                self.wandb = wandb.init(project=settings["wandb_project"], name=out.name,
-                                        config=settings)
+                self.wandb = wandb.init(
+                    project=settings["wandb_project"], name=self.out.name, config=settings,
+                    id=checkpoint.get("wandb_id"), resume="allow")
+            if settings.get("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+                self.tensorboard = SummaryWriter(self.folder / "tensorboard",
+                                                 purge_step=checkpoint.get("step"))
+        except ImportError as e:
+            name = "wandb" if settings.get("wandb_project") and not self.wandb else "tensorboard"
+            raise ValueError(f"--{name}{'_project' * (name == 'wandb')} needs its package ({e}): "
+                             f"pip install {name}") from None
+        except Exception as e:  # noqa: BLE001 (its own errors, such as of an account)
+            raise ValueError(f"Weights & Biases cannot begin ({e}); log in by `wandb login`, or "
+                             "leave wandb_project out") from None
 
     def say_resumed(self, old: dict):
         self.env.say(f"resuming {self.out} at step {self.step}")
@@ -218,6 +240,10 @@ class Run:
             self.metrics.log(**self.row, **measures)
         if self.wandb:
             self.wandb.log(self.row | measures, step=self.step)
+        if self.tensorboard:
+            for name, value in (self.row | measures).items():
+                if value is not None:
+                    self.tensorboard.add_scalar(name, value, self.step)
         self.losses.zero_()
         self.loss_sum, self.counted = 0.0, 0
 
@@ -247,7 +273,8 @@ class Run:
             save_checkpoint(self.folder / "ckpt.pt", {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.env.scaler.state_dict(), "best_loss": best,
-                "settings": self.settings, **{key: getattr(self, key) for key in COUNTS}, **more},
+                "settings": self.settings, "command": self.command,
+                "wandb_id": self.wandb and self.wandb.id, **{key: getattr(self, key) for key in COUNTS}, **more},
                 self.settings.get("keep_checkpoints", 1), self.last_saved)
             self.metrics.plot()
         self.last_saved = self.step
@@ -265,6 +292,8 @@ class Run:
         if self.folder != self.out and self.env.rank == 0:
             replace_run(self.out)
             self.metrics.folder = self.out
+        if self.env.rank == 0:
+            note_newest(self.out)
         self.folder = self.out
 
 

@@ -19,7 +19,7 @@ from decode import beam_search, prepare, stream_text
 from device import Device
 from files import read_text
 from hf import local_folder
-from text import prompt_ids
+from text import prompt_ids, typed
 
 init_from: str | None = None  # run or Hugging Face folder, hub name; None: newest run, or weights/
 revision: str | None = None  # of a hub name
@@ -46,6 +46,8 @@ def encode_prompt(text: str, tok, block_size: int) -> list[int]:
     One longer than the context keeps its last tokens, with a note."""
     if text.startswith("FILE:"):
         text = read_text(text[5:])
+    else:
+        text = typed(text)
     ids = tok.encode(text, special=True).tolist() or [tok.start_id]
     if len(ids) > block_size:
         print(f"note: the prompt has {len(ids)} tokens, the context {block_size}: "
@@ -120,13 +122,15 @@ def main():
     if not interactive:
         return
     sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text get an answer, too
-    print("type an instruction, then Enter; Ctrl-D ends" if template else
-          "type a prompt, then Enter; an empty line writes a fresh document, Ctrl-D ends")
+    print("type an instruction, then Enter; quit or Ctrl-D ends" if template else
+          "type a prompt, then Enter; an empty line writes a fresh document, quit or Ctrl-D ends")
     for number in itertools.count(1 if given else 0):
         try:
             text = input("\n> ")
         except EOFError:
             print()
+            return
+        if text.strip() in ("quit", "exit"):
             return
         try:
             write(model, tok, text, number, template)

@@ -21,7 +21,14 @@ import torch
 from sacrebleu.metrics import CHRF
 from torch.nn.utils.rnn import pad_sequence
 
-from checkpoint import check_data, load_model, open_run, save_best, saved_model
+from checkpoint import (
+    check_data,
+    load_model,
+    open_run,
+    save_best,
+    saved_model,
+    take_settings,
+)
 from configurator import run as run_script
 from data import digest
 from decode import beam_search, check_beams, left_padded, prepare
@@ -62,6 +69,7 @@ weight_decay = 0.01  # of matrices
 dropout = 0.1
 log_interval = 20  # updates between lines
 wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
+tensorboard = False  # also log for TensorBoard (pip install tensorboard)
 # how the poems are finished
 temperature = 0.8  # 0 is greedy
 top_p: float | None = 0.9  # draw from the fewest tokens whose probability reaches p
@@ -270,6 +278,7 @@ def table(rows: dict[str, dict]) -> str:
 # ---- the whole ----
 
 def main():
+    take_settings(globals())
     settings, env, out = begin(globals(), FROM_ONE, CHOICES)
     if env.world > 1:
         raise ValueError("sonnet.py runs in one process: python sonnet.py, without torchrun")

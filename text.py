@@ -153,11 +153,19 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
             raise ValueError("it begins as JSON: let its name end in .json (standard input: "
                              "-.json), or in .txt to keep its braces")
         file = io.TextIOWrapper(file, "utf-8-sig")  # without Windows' byte-order mark
-        rest = ""
+        rest, found = "", False
         while separator and (chunk := file.read(1 << 22)):
             *documents, rest = (rest + chunk).split(separator)
+            found = found or bool(documents)
             yield from documents
+        if separator and not found:
+            say_once(f"{path}: the separator {separator!r} is not in it: it is one document")
         yield rest + file.read()
+
+
+def typed(text: str | None) -> str | None:
+    """A text of a command line, where \\n stands for a line break."""
+    return text and text.replace("\\n", "\n")
 
 
 def text_field(row, column: str, where: str) -> str | None:

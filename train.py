@@ -10,13 +10,16 @@
 """
 
 import math
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from checkpoint import (
+    adapter_base,
     check_data,
     check_settings,
     load_model,
@@ -25,8 +28,8 @@ from checkpoint import (
     open_run,
     save_best,
     saved_model,
+    take_settings,
 )
-from configurator import command_line
 from configurator import run as run_script
 from data import Data, WindowOrder
 from decode import Int8Linear, prepare
@@ -80,6 +83,7 @@ eval_only = False  # evaluate and leave
 quantize: str | None = None  # with eval_only: int8, to see what it costs
 sample_tokens = 100  # length of the printed sample; 0 for none
 wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
+tensorboard = False  # also log for TensorBoard (pip install tensorboard)
 # the machine
 device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
@@ -187,11 +191,30 @@ def network_settings(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name in names}
 
 
+def take_what_is_there(script: dict):
+    """Settings that were not given come from the run that goes on or is evaluated; the context, if
+    it is shorter, from a pretrained model. ValueError for a given size that is not the model's."""
+    evaluates = eval_only and "init_from" not in script.get("_given", ())
+    if evaluates:
+        script["init_from"] = "resume"
+    take_settings(script)
+    if evaluates and (Path(out_dir) / "best" / "config.json").is_file():
+        script["init_from"] = out_dir
+    if init_from.strip() in ("", "scratch", "resume", "auto"):
+        return
+    base = adapter_base(init_from) or init_from
+    theirs = vars(GPTConfig()) | read_pretrained(base, revision)[0]
+    given = network_settings(script).keys() & script["_given"] - {"block_size", "dropout"}
+    check_settings(init_from, theirs, script, given)
+    if "block_size" not in script["_given"]:
+        script["block_size"] = min(block_size, theirs["block_size"])
+
+
 def resumed_model(checkpoint: dict, settings: dict, data) -> GPT:
     """The network of a checkpoint; ValueError where the run could not go on with it as it was."""
     path, network = checkpoint["path"], network_settings(settings)
     old = vars(GPTConfig()) | checkpoint["config"]  # which lacks what the code has learned since
-    check_settings(path, old, network, network.keys() - {"dropout"})
+    check_settings(path, old, network, network.keys() - {"dropout"}, checkpoint.get("command"))
     if checkpoint["tokenizer"] != data.tokenizer().to_json():
         raise ValueError(f"{path} was trained with another tokenizer than {dataset} has now; "
                          "bring that back, or give another --out_dir")
@@ -226,6 +249,7 @@ def report_evaluation(model, data, env):
 
 
 def main():
+    take_what_is_there(globals())
     settings, env, out = begin(globals(), FROM_ONE)
     check(settings)
     settings["ranks"], say = env.world, env.say
@@ -237,7 +261,7 @@ def main():
     checkpoint = None
     if not eval_only:
         accumulation = micro_batches(total_batch_tokens, batch_size, block_size, env.world)
-        checkpoint = open_run(env, out, settings, ["dataset", "optimizer"], windows=int)
+        checkpoint = open_run(env, out, settings, ["optimizer"], windows=int)
     elif init_from in ("resume", "auto"):
         checkpoint = newest_checkpoint(out, say, windows=int)
         if checkpoint is None:
@@ -269,10 +293,13 @@ def main():
                          "that all nodes share")
     if checkpoint is not None:
         windows = checkpoint["windows"]
+        if checkpoint["settings"].get("eval_tokens") != eval_tokens:
+            say("eval_tokens changed: losses are of other tokens now, and the best is sought anew")
+            run.best = (math.inf,)
         if run.step >= max_steps:
             say(f"{out} is finished: {run.step} of {max_steps} steps, best validation loss "
                 f"{run.best[0]:.4f}. Give more --max_steps to go on, or see it with: "
-                f"python sample.py --init_from={out}")
+                f"python sample.py --init_from={shlex.quote(str(out))}")
             return env.close()
     del checkpoint
 
@@ -331,12 +358,12 @@ def main():
             print(f"--- a sample\n{sample_text(raw_model, tokenizer, sample_tokens)}\n---")
         if run.saves:
             run.save(windows=windows, config=vars(config), tokenizer=tokenizer.to_json(),
-                     data=data.fingerprint(), command=command_line())
+                     data=data.fingerprint())
 
     if env.rank == 0 and not run.stopped:
         print(f"{run.metrics.sketch()}\ndone: {run.step:,} steps, {run.tokens:,} tokens, "
               f"{duration(run.elapsed_s)} of training, best validation loss {run.best[0]:.4f}\n"
-              f"loss curve: {out / 'loss.png'}; text: python sample.py --init_from={out}")
+              f"loss curve: {out / 'loss.png'}; text: python sample.py --init_from={shlex.quote(str(out))}")
     env.sum(0)  # rank 0 may still be writing
     env.close()
 

@@ -7,8 +7,27 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def newest_run_of_the_person():
+    """out/.newest is as it was when the tests end."""
+    path = HERE / "out" / ".newest"
+    before = path.read_bytes() if path.is_file() else None
+    yield
+    path.unlink(missing_ok=True)
+    if before is not None:
+        path.write_bytes(before)
+
+
+@pytest.fixture(autouse=True)
+def newest_run_of_a_test(tmp_path, monkeypatch):
+    """What a test trains is not the newest run of another."""
+    monkeypatch.setattr("checkpoint.NEWEST", tmp_path / ".newest")
 
 
 @cache

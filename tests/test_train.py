@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from conftest import (
 )
 from filelock import FileLock
 
+import device
 import sample
 import train
 from checkpoint import restore, save_checkpoint
@@ -370,7 +372,8 @@ def test_several_ranks_take_no_mps(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # it need not be, here
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     assert Device().type == "cpu"
 
 
@@ -429,7 +432,7 @@ def test_resuming_something_else_is_refused(shared, tmp_path):
     run_train(*common, "--max_steps=1")
     with pytest.raises(ValueError, match="n_embd=16, not 32"):
         run_train(*common, "--max_steps=2", "--init_from=resume", "--n_embd=32")
-    with pytest.raises(ValueError, match="dataset="):
+    with pytest.raises(ValueError, match="was trained with another tokenizer than .*/g has now"):
         run_train(*common, "--max_steps=2", "--init_from=auto", f"--dataset={shared}/g")
     with pytest.raises(ValueError, match="its tokenizer .*another than that of data set"):
         run_train(*common, "--eval_only", f"--init_from={tmp_path}", f"--dataset={shared}/g")
@@ -645,3 +648,121 @@ def test_scripts_do_nothing_on_import():
     names = [p.stem for p in HERE.glob("*.py") if not p.stem.startswith("test_")]
     text = python("-c", f"import sys; sys.argv = ['x', '--junk']; import {', '.join(names)}")
     assert text == ""
+
+
+# ---- what is not given again ----
+
+def test_a_run_goes_on_without_its_config_and_can_move(shared, tmp_path, capsys, monkeypatch):
+    """The same as a run that was never stopped, from the checkpoint's settings and another path of the data."""
+    common = [*TINY, "--n_layer=1", "--max_steps=4", "--eval_interval=2", "--sample_tokens=0"]
+    shutil.copytree(shared / "c", tmp_path / "moved")
+    run_train(*common, f"--dataset={shared}/c", f"--out_dir={tmp_path}/whole")
+    monkeypatch.setattr(sys, "argv", ["train.py", "config/x.py"])
+    run_train(*common, f"--dataset={shared}/c", f"--out_dir={tmp_path}/half", "--max_steps=2")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--init_from=resume"])
+    run_train("--init_from=resume", f"--out_dir={tmp_path}/half", "--max_steps=4", "--device=cpu",
+              f"--dataset={tmp_path}/moved")
+    assert "changed since then: " in (said := capsys.readouterr().out) and "/moved'" in said
+    states = [load_torch(tmp_path / name / "ckpt.pt") for name in ("whole", "half")]
+    assert all(torch.equal(v, states[1]["model"][k]) for k, v in states[0]["model"].items())
+    assert states[1]["command"] == "python train.py config/x.py"
+    with pytest.raises(ValueError, match=r"n_head=2, not 1; n_layer=1, not 3; .*it was begun by: python train.py config/x.py"):
+        run_train("--init_from=resume", f"--out_dir={tmp_path}/half", "--n_layer=3", "--n_head=1")
+
+
+def test_evaluation_without_a_model_is_of_the_run(shared, tmp_path, capsys):
+    with pytest.raises(ValueError, match="there is no checkpoint in .*; name a model with --init_from"):
+        run_train("--eval_only", f"--out_dir={tmp_path}/run", f"--dataset={shared}/c")
+    run_train(*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/run", "--max_steps=2", "--sample_tokens=0")
+    best = rows(tmp_path / "run")[-1]["val_loss"]
+    capsys.readouterr()
+    run_train("--eval_only", f"--out_dir={tmp_path}/run", "--device=cpu")
+    assert f"loss {best:.4f}" in capsys.readouterr().out
+
+
+def test_a_best_loss_is_of_its_measure(shared, tmp_path, capsys):
+    """With other evaluation tokens the best model is sought anew, and best/ follows."""
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}", "--eval_interval=1", "--sample_tokens=0"]
+    run_train(*common, "--max_steps=2", "--eval_tokens=3")
+    state = load_torch(tmp_path / "ckpt.pt")
+    save_checkpoint(tmp_path / "ckpt.pt", state | {"best_loss": 0.001})  # not into the file that is mapped
+    run_train(*common, "--max_steps=3", "--init_from=resume", "--eval_tokens=None")
+    assert "the best is sought anew" in capsys.readouterr().out
+    assert load_torch(tmp_path / "ckpt.pt")["best_loss"] > 0.1
+    model = GPT.from_pretrained(tmp_path / "best").state_dict()
+    assert all(torch.equal(v, model[k]) for k, v in load_torch(tmp_path / "ckpt.pt")["model"].items())
+
+
+def test_sizes_that_a_pretrained_model_decides(shared, tmp_path, capsys):
+    run_train(*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/a", "--max_steps=1")
+    start = [f"--init_from={tmp_path}/a", f"--dataset={shared}/c", f"--out_dir={tmp_path}/b", "--batch_size=2",
+             "--max_steps=1", "--device=cpu", "--sample_tokens=0"]
+    with pytest.raises(ValueError, match="n_layer=2, not 5"):
+        run_train(*start, "--n_layer=5")
+    with pytest.raises(ValueError, match=r"block_size=99 .*--block_size=16 would do"):
+        run_train(*start, "--block_size=99")
+    run_train(*start)  # its own context
+    assert load_torch(tmp_path / "b" / "ckpt.pt")["config"]["block_size"] == 16
+
+
+def test_the_newest_run_is_found_wherever_it_lies(shared, tmp_path, monkeypatch, capsys):
+    import checkpoint
+    monkeypatch.chdir(tmp_path)
+    for out in ("out", "out/exp/one", "elsewhere"):
+        run_train(*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/{out}", "--max_steps=1", "--overwrite")
+        assert checkpoint.newest_run() == out
+    config = tmp_path / "elsewhere" / "best" / "config.json"
+    config.write_text(config.read_text().replace("GPT2LMHeadModel", "GPT2ForSequenceClassification"))
+    assert checkpoint.newest_run() == "out/exp/one"
+    assert "elsewhere, is a classifier, see what it makes of a text by: python finetune_cls.py" in capsys.readouterr().out
+
+
+def test_a_model_that_is_nearly_named_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mymodel").mkdir()
+    for name, near in (("weight", "weights"), ("mymodle", "mymodel")):
+        with pytest.raises(ValueError, match=f"no folder {name}; did you mean {near}"):
+            GPT.from_pretrained(name)
+
+
+@pytest.mark.parametrize("environ, told", [
+    ({"WORLD_SIZE": "2"}, "but not RANK and MASTER_ADDR and MASTER_PORT; start all ranks by torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "1"}, "not MASTER_ADDR and MASTER_PORT"),
+    ({"SLURM_NTASKS": "2"}, r"a scheduler started 2 tasks \(SLURM_NTASKS\)"),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE")])
+def test_half_a_launch_is_refused(environ, told):
+    with pytest.raises(ValueError, match=told):
+        device.check_launch(environ)
+    device.check_launch({"SLURM_NTASKS": "1"})
+
+
+class FakeWandb(types.ModuleType):
+    """Notes how it was called; its runs have the id w7."""
+
+    def __init__(self, fault=None):
+        super().__init__("wandb")
+        self.begun, self.rows, self.fault = [], [], fault
+
+    def init(self, **options):
+        if self.fault:
+            raise self.fault
+        self.begun.append(options)
+        return types.SimpleNamespace(id="w7", log=lambda row, step: self.rows.append(step))
+
+
+def test_wandb_goes_on_with_its_run_and_begins_first(shared, tmp_path, monkeypatch):
+    common = [*TINY, f"--dataset={shared}/c", "--wandb_project=p", "--sample_tokens=0"]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(ValueError, match="pip install wandb"):
+        run_train(*common, "--max_steps=1", f"--out_dir={tmp_path}/a")
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(RuntimeError("api_key not configured")))
+    with pytest.raises(ValueError, match="api_key not configured.*wandb login"):
+        run_train(*common, "--max_steps=1", f"--out_dir={tmp_path}/b")
+    assert [path.name for path in tmp_path.glob("?/*")] == [".lock", ".lock"]  # nothing was begun
+    common.append(f"--out_dir={tmp_path}/c")
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run_train(*common, "--max_steps=1")
+    run_train(*common, "--max_steps=2", "--init_from=resume")
+    assert [(one["id"], one["resume"]) for one in fake.begun] == [(None, "allow"), ("w7", "allow")]
+    assert fake.rows == [1, 2]
