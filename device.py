@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from ops import accelerate
@@ -18,7 +19,7 @@ from ops import accelerate
 # Dense bfloat16 peak of chips in FLOP/s, from the makers' data sheets, by a part of the name that
 # torch.cuda.get_device_name gives. A chip that is not here has no MFU rather than a wrong one.
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
+    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "A6000": 155e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
     "V100": 125e12, "T4": 65e12,  # these two in float16: they have no bfloat16
@@ -81,15 +82,21 @@ class Device:
         """The context of forward passes."""
         return torch.autocast(self.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def place(self, model):
-        """The model on this device, made to train fast there."""
-        return accelerate(model.to(self.device))
+    def place(self, model, checkpoint_activations: bool = False):
+        """The model on this device, made to train fast there, or in less memory."""
+        return accelerate(model.to(self.device), checkpoint_activations)
 
-    def parallel(self, model):
-        """The model, in DDP where there are several ranks."""
+    def parallel(self, model, bfloat16: bool = False):
+        """The model, in DDP where there are several ranks; bfloat16: the gradients are summed in
+        it, at half the traffic. A compiled model must not have run before: only then its backward
+        pass is cut into pieces between which gradients travel."""
         if self.world == 1:
             return model
-        return DDP(model, device_ids=[self.device] if self.type == "cuda" else None)
+        model = DDP(model, device_ids=[self.device] if self.type == "cuda" else None,
+                    gradient_as_bucket_view=True)
+        if bfloat16:
+            model.register_comm_hook(None, bf16_compress_hook)
+        return model
 
     def lock(self, folder: Path):
         """Holds a run's folder until `close` or the end of the process, by a lock of rank 0.
@@ -123,7 +130,7 @@ class Device:
         """Dense 16-bit peak of this chip in FLOP/s; None where it is unknown or not what runs."""
         if self.type == "cuda" and self.dtype != torch.float32:
             for chip, peak in PEAK_FLOPS.items():
-                if re.search(rf"\b{chip}\b(?! Ti| D| Laptop)", self.name()):
+                if re.search(rf"\b{chip}\b(?! Ti| D| Laptop)(?!.* MIG )", self.name()):
                     return peak
         return None
 
@@ -135,11 +142,9 @@ class Device:
         dist.all_reduce(total)
         return total.tolist()
 
-    def any_rank(self, flag, waited: bool) -> bool:
-        """Whether a rank has the flag, the same answer on all; on several GPUs it is asked only
-        where they are waited for anyway, else every step would wait."""
-        ask = waited or self.world == 1 or self.type == "cpu"
-        return ask and self.sum(bool(flag))[0] > 0
+    def any_rank(self, flag) -> bool:
+        """Whether a rank has the flag, the same answer on all."""
+        return self.sum(bool(flag))[0] > 0
 
     def peak_memory(self) -> int | None:
         """The most bytes that this process has held: of the GPU, or resident."""

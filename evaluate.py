@@ -189,6 +189,7 @@ def main():
     if data.eos_id is None:
         raise ValueError(f"{dataset} has no end-of-text between its documents")
     env = Device(device, dtype)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
     name = init_from or newest_run()
     model, tok = load_model(name, dtype=env.dtype)
     strategies = {text: parse_decoding(text, model.config) for text in decoding}

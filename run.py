@@ -71,6 +71,7 @@ class Run:
         self.updates, self.bad_in_a_row = [], 0  # (step, norm, source) since the last line
         self.stopped = self.improved = self.evaluates = self.saves = False
         self.logs = True  # of an evaluation before the first step
+        self.ask_interval = 1  # steps between questions for a stop signal
         self.row = {key: getattr(self, key) for key in ("step", "tokens", "elapsed_s")}
         self.metrics = self.received = None
         if env.rank == 0:
@@ -178,7 +179,10 @@ class Run:
         last = self.step == self.max_steps
         self.evaluates = last or self.step % self.eval_interval == 0
         self.logs = self.evaluates or self.step % self.settings["log_interval"] == 0
-        self.stopped = self.env.any_rank(self.received, self.logs) and not last
+        # Asking makes several GPUs wait for each other, so it is done every few seconds: torchrun
+        # kills 30 seconds after its SIGTERM.
+        if self.logs or self.env.world == 1 or self.step % self.ask_interval == 0:
+            self.stopped = self.env.any_rank(self.received) and not last
         self.saves = self.evaluates or self.stopped
         if self.logs or self.stopped:
             self.measure()
@@ -190,7 +194,9 @@ class Run:
         seconds = time.perf_counter() - self.clock
         self.elapsed_s += seconds
         speed, peak = (self.tokens - self.clock_tokens) / seconds, self.env.peak_flops()
-        self.left = (self.max_steps - self.step) * seconds / (self.step - self.clock_step)
+        step_s = self.env.sum(seconds / (self.step - self.clock_step))[0] / self.env.world
+        self.left = (self.max_steps - self.step) * step_s
+        self.ask_interval = max(1, int(5 / step_s))  # the same on all ranks
         mfu = speed * self.flops / (peak * self.env.world) if self.flops and peak else None
         self.row = {
             "step": self.step, "tokens": self.tokens, "train_loss": self.loss_sum / self.counted,

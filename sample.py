@@ -106,6 +106,7 @@ def main():
     if start and instruct is not None:
         raise ValueError("give start or instruct, not both")
     env = Device(device, dtype)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
     name = init_from or newest_run()
     model, tok = load_model(name, tokenizer, revision=revision, dtype=env.dtype)
     print(f"{name}: {model.num_params():,} parameters, {tok.name} tokens, seed {seed}\n")

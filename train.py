@@ -12,10 +12,12 @@
 import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from checkpoint import (
@@ -88,7 +90,10 @@ tensorboard = False  # also log for TensorBoard (pip install tensorboard)
 device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; None: on GPUs
+checkpoint_activations = False  # compute each block again for its gradient: less memory, slower
+bfloat16_gradients = False  # several ranks exchange gradients in bfloat16: half the traffic
 
+STICKY = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 FROM_ONE = ("max_steps", "log_interval", "eval_interval", "block_size", "batch_size", "max_skipped",
             "keep_checkpoints", "eval_tokens")  # no other number may be below 0
 
@@ -96,25 +101,28 @@ FROM_ONE = ("max_steps", "log_interval", "eval_interval", "block_size", "batch_s
 @torch.inference_mode()
 def evaluate(model, split, env) -> dict:
     """Mean loss over fixed windows of a split, shared among the ranks: val_loss (nats per token),
-    val_ppl and, where the bytes of its text are known, val_bpb (bits per UTF-8 byte)."""
-    T = min(block_size, model.config.block_size)
+    val_ppl and, where the bytes of its text are known, val_bpb (bits per UTF-8 byte). All batches
+    have one shape, as a compiled model wants it, bounded by the size of its logits."""
+    T, V = min(block_size, model.config.block_size), model.config.vocab_size
     tokens = split.tokens - 1  # the first is not predicted
     if eval_tokens is not None:
         tokens = min(tokens, eval_tokens)
-    rows = max(1, min(4096, 2**26 // model.config.vocab_size) // T)  # by the size of the logits
-    if env.type != "cpu":  # which is no faster with more
-        rows = max(rows, batch_size)
-    full = tokens // T
-    batches = [(range(i * T, min(i + rows, full) * T, T), T) for i in range(0, full, rows)]
-    if tokens % T:
-        batches.append(([full * T], tokens % T))
+    windows = -(-tokens // T)  # rounded up: the last is filled up with targets that do not count
+    rows = max(1, min(4096, 2**26 // V) // T if env.type == "cpu" else 2**28 // V // T)
+    rows = -(-windows // -(-windows // rows))  # as even as it goes
     model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    for starts, length in batches[env.rank::env.world]:
-        ids = torch.from_numpy(split.rows(starts, length + 1)).to(env.device)
+    for first in range(rows * env.rank, windows, rows * env.world):
+        starts = [i * T for i in range(first, min(first + rows, windows))]
+        ids = np.full((rows, T + 1), -100)
+        for row, start in zip(ids, starts):
+            length = min(T, tokens - start) + 1
+            row[:length] = split.rows([start], length)
+        ids = torch.from_numpy(ids).to(env.device)
+        counted = int((ids[:, 1:] != -100).sum())
         with env.autocast():
-            loss = model(ids[:, :-1], ids[:, 1:])[1]
-        total += loss.cpu().double() * len(starts) * length
+            loss = model(ids[:, :-1].clamp(min=0), ids[:, 1:])[1]
+        total += loss.cpu().double() * counted
     model.train()
     loss = env.sum(total.item())[0] / tokens
     found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700))}
@@ -131,21 +139,25 @@ def sample_text(model, tokenizer, tokens: int) -> str:
     return tokenizer.decode(ids[0, 1:].tolist()).strip()
 
 
-def compiled(model, x, y, env):
-    """torch.compile(model), tried on one batch; the model itself, with a warning, if that fails."""
+def runs_compiled(model, x, y, env) -> bool:
+    """Tries a compiled model, in DDP where there are several ranks, on one batch; where that fails
+    on a rank, it says what it costs to do without."""
+    fault = None
     try:
-        fast = torch.compile(model)
-        with env.autocast():
-            fast(x, y)[1].backward()
-        return fast
-    except torch.OutOfMemoryError:  # nor would it fit eagerly
+        with env.autocast(), model.no_sync() if env.world > 1 else nullcontext():
+            model(x, y)[1].backward()
+    except STICKY:  # the GPU is out of memory, as it would be eagerly, or no longer usable
         raise
     except Exception as e:  # noqa: BLE001 (whatever the platform lacks)
-        env.say(f"warning: torch.compile failed here ({type(e).__name__}: "
-                f"{(str(e) or '-').splitlines()[0][:120]}); running eager")
-        return model
-    finally:
-        model.zero_grad(set_to_none=True)
+        fault = e
+    model.zero_grad(set_to_none=True)
+    failed = int(env.sum(fault is not None)[0])
+    if failed:
+        what = (str(fault) or "-").splitlines()[0][:120] if fault else "not on rank 0"
+        env.say(f"warning: torch.compile failed on {failed} of {env.world} ranks ("
+                f"{type(fault).__name__}: {what}); running eager, which takes up to twice the "
+                "memory and, on a GPU, half again the time")
+    return not failed
 
 
 def token_embeddings(name: str, data, width: int) -> torch.Tensor:
@@ -273,7 +285,7 @@ def main():
     else:
         raw_model = first_model(settings, data)
     config, tokenizer = raw_model.config, data.tokenizer()
-    env.place(raw_model)
+    env.place(raw_model, checkpoint_activations)
     if eval_only:
         if checkpoint is not None:
             raw_model.load_state_dict(checkpoint["model"])
@@ -329,9 +341,13 @@ def main():
         f"{max_steps * per_update / data.train.tokens:.2f} epochs; {env.name()}, "
         f"{str(env.dtype).removeprefix('torch.')}")
     model = raw_model.train()
+    fast = model
     if compile or compile is None and env.type == "cuda":
-        model = compiled(raw_model, *placed(batch(0)), env)
-    model = env.parallel(model)
+        fast = torch.compile(model)
+    model = env.parallel(fast, bfloat16_gradients)
+    if fast is not raw_model and not runs_compiled(model, *placed(batch(0)), env):
+        fast = raw_model
+        model = env.parallel(fast, bfloat16_gradients)
 
     # ---- the loop ----
     coming, found = fetch(windows, env.rank), {}
@@ -350,7 +366,7 @@ def main():
         # once in a while: evaluate, keep the best model
         found = {}
         if run.evaluates:
-            found = evaluate(raw_model, data.val, env)
+            found = evaluate(fast, data.val, env)
             if run.is_best(found["val_loss"]) and env.rank == 0:
                 save_best(run.folder, raw_model, tokenizer)
         run.log(**found)

@@ -2,7 +2,8 @@
 
 Data: python prepare_tinystories.py (474 million GPT-2 tokens). Published for this recipe: a
 validation loss of 1.24 nats per token after 3 h 45 min on one A100. It needs 1.6 billion tokens x
-0.86 GFLOP = 1.35 EFLOP, 41 minutes at 55 % of an H200's 989 TFLOP/s. We have not run it to the end.
+0.86 GFLOP = 1.35 EFLOP, 50 minutes at the 45 % of an H200's 989 TFLOP/s that
+were counted, not measured. We have not run it to the end.
 """
 
 out_dir = "out/tinystories"

@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/tinystories_fast.py
 
 Data: python prepare_tinystories.py (474 million GPT-2 tokens). One epoch in steps of 262,144 tokens
-is 0.41 EFLOP, 12.4 minutes at 55 % of an H200's 989 TFLOP/s. The recipe is that of
+is 0.41 EFLOP, 15 minutes at the 45 % of an H200's 989 TFLOP/s that were counted,
+not measured. The recipe is that of
 config/tinystories_cpu.py with lower learning rates, a higher momentum and a short warmup for the
 larger network. It has not been run: see docs/training_speed.md.
 """

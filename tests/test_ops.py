@@ -221,3 +221,16 @@ def test_compiled_it_is_the_plain_model(always):
     wanted, _ = gradients(make(), x, y)
     loss = torch.compile(model, backend="aot_eager", fullgraph=True)(x, y)[1]
     assert abs(loss - wanted) < 1e-12
+
+
+def test_blocks_computed_again_have_the_same_gradients(always):
+    ids = torch.randint(50, (3, 17))
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = ops.accelerate(GPT(GPTConfig(16, 50, 2, 2, 32, dropout=0.2)), again).train()
+        torch.manual_seed(1)
+        loss = model(ids[:, :-1], ids[:, 1:])[1]
+        loss.backward()
+        gradients.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from model import GPT, GPTConfig
@@ -190,3 +191,37 @@ def test_a_step_that_found_inf_changes_nothing(optimizer):
     update.found_inf = torch.zeros(())
     after = zip(train(model, update, 3, seed=1), train(plain, other, 3, seed=1))
     assert all((a - b).abs().max() < 1e-6 for a, b in after)  # nor its momentum
+
+
+def muon_ranks(rank, folder, results):
+    """What a rank makes of three steps of Muon with 2, 3 and 4 ranks."""
+    torch.set_num_threads(1)
+    for world in (2, 3, 4):
+        if rank < world:
+            store = dist.FileStore(f"{folder}/{world}", world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            results[world, rank] = muon_steps()
+            dist.destroy_process_group()
+
+
+def muon_steps():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, 16, 3, 2, 16))
+    optimizer = build_optimizer(model, "muon", 0.05, 0.1, (0.9, 0.95))
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_muon_shared_over_ranks_equals_one(tmp_path):
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(muon_ranks, (str(tmp_path), results), nprocs=4)
+        results = dict(results)
+    want = muon_steps()
+    assert len(results) == 2 + 3 + 4
+    for (world, _), found in results.items():
+        assert all(torch.equal(a, b) for a, b in zip(found, results[world, 0]))  # all ranks alike
+        assert all((a - b).abs().max() < 2e-3 for a, b in zip(found, want))  # bfloat16's rounding
