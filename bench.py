@@ -117,8 +117,10 @@ def child(*words) -> list:
 
 
 def describe(env) -> str:
+    units = (f"cuDNN {torch.backends.cudnn.version()}" if env.type == "cuda" else
+             torch.backends.cpu.get_cpu_capability())
     return (f"{preset}, {env.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-            f"; median of {repeats}, in turn")
+            f", {units}; median of {repeats}, in turn")
 
 
 # ---- the networks ----

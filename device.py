@@ -187,6 +187,13 @@ class Device:
             os._exit(0)
 
 
+def to_device(tensor, device):
+    """A tensor of the CPU on a device; a copy to a GPU goes on in the background."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def check_launch(environ):
     """ValueError where the environment names ranks by halves, or a scheduler started several
     processes that do not know of each other."""

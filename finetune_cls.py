@@ -36,7 +36,7 @@ from checkpoint import (
 )
 from configurator import run as run_script
 from data import digest
-from device import begin
+from device import begin, to_device
 from files import read_json, replacing, write_text
 from hf import fitting_tensors, local_folder, make_config, read_pretrained
 from lora import set_trainable
@@ -233,7 +233,7 @@ def collate(rows, device):
     whatever stands there; and last (B,), where each row ends."""
     ids = pad_sequence([torch.from_numpy(row.astype(np.int64)) for row in rows], batch_first=True)
     last = torch.tensor([len(row) - 1 for row in rows])
-    return ids.to(device), last.to(device)
+    return to_device(ids, device), to_device(last, device)
 
 
 def epoch_batches(lengths, epoch: int) -> list[np.ndarray]:
@@ -574,7 +574,7 @@ def main():
             texts = mine if len(mine) else batch[:1]  # a rank without a text still takes part
             inputs = [cached["train"][texts]] if cached else collate(
                 [rows["train"][i] for i in texts], env.device)
-            labels = targets["train"][texts].to(env.device)
+            labels = to_device(targets["train"][texts], env.device)
             with env.autocast():
                 logits = model(*inputs)
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")

@@ -37,7 +37,7 @@ from checkpoint import (
 from configurator import run as run_script
 from data import digest
 from decode import left_padded, prepare
-from device import begin
+from device import begin, to_device
 from files import read_text, write_text
 from hf import local_folder
 from lora import save_adapter, set_trainable
@@ -226,7 +226,7 @@ def collate(rows, device):
         positions += range(end - len(answer), end)
         targets += answer
     tensors = [prefix], ids, positions, targets
-    return [torch.as_tensor(values, dtype=torch.long).to(device) for values in tensors]
+    return [to_device(torch.as_tensor(values, dtype=torch.long), device) for values in tensors]
 
 
 def training_batches(rows) -> list[np.ndarray]:

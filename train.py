@@ -35,7 +35,7 @@ from checkpoint import (
 from configurator import run as run_script
 from data import Data, WindowOrder
 from decode import Int8Linear, prepare
-from device import begin
+from device import begin, to_device
 from hf import read_pretrained
 from model import GPT, GPTConfig
 from optim import build_optimizer
@@ -111,20 +111,19 @@ def evaluate(model, split, env) -> dict:
     rows = max(1, min(4096, 2**26 // V) // T if env.type == "cpu" else 2**28 // V // T)
     rows = -(-windows // -(-windows // rows))  # as even as it goes
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
+    losses = []  # (mean of a batch, its targets); a GPU is waited for only at the end
     for first in range(rows * env.rank, windows, rows * env.world):
         starts = [i * T for i in range(first, min(first + rows, windows))]
         ids = np.full((rows, T + 1), -100)
         for row, start in zip(ids, starts):
             length = min(T, tokens - start) + 1
             row[:length] = split.rows([start], length)
-        ids = torch.from_numpy(ids).to(env.device)
         counted = int((ids[:, 1:] != -100).sum())
+        ids = to_device(torch.from_numpy(ids), env.device)
         with env.autocast():
-            loss = model(ids[:, :-1].clamp(min=0), ids[:, 1:])[1]
-        total += loss.cpu().double() * counted
+            losses.append((model(ids[:, :-1].clamp(min=0), ids[:, 1:])[1], counted))
     model.train()
-    loss = env.sum(total.item())[0] / tokens
+    loss = env.sum(sum(loss.item() * counted for loss, counted in losses))[0] / tokens
     found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700))}
     if split.bytes and tokens == split.tokens - 1:  # the bytes of a part are not known
         found["val_bpb"] = loss / math.log(2) * split.tokens / split.bytes
@@ -330,7 +329,7 @@ def main():
 
     def placed(ids):
         """x, y (B, T) on the device."""
-        ids = ids.to(env.device, non_blocking=env.type == "cuda")
+        ids = to_device(ids, env.device)
         return ids[:, :-1], ids[:, 1:]
 
     say(f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "

@@ -33,6 +33,7 @@ from configurator import run
 from decode import beam_search
 from device import Device
 from model import GPT, GPTConfig
+from text import normalize
 from tokenizer import open_tokenizer
 
 programs: list[str] = []  # of PROGRAMS; none: all
@@ -183,7 +184,8 @@ def make(name: str, folder: Path):
     folder.mkdir(parents=True)
     source, texts = MAKERS[name](folder), [(text,) for text in TEXTS]
     if name == "pairs":
-        texts = [*zip(TEXTS, reversed(TEXTS), strict=True)]
+        plain = [normalize(text) for text in TEXTS]  # as its card asks
+        texts = [*zip(plain, reversed(plain), strict=True)]
     kind = name if name in ("classifier", "pairs") else "causal"
     found = outputs(source, TEXTS) if kind == "causal" else classes(source, texts)
     np.save(folder / "reference.npy", found.pop("logits"))
