@@ -32,7 +32,8 @@ OF_THE_MOMENT = ("init_from", "out_dir", "overwrite", "device", "dtype", "compil
 NEWEST = HERE / "out" / ".newest"  # names the folder of the run that was saved last
 # What a run leaves in its folder.
 RUN_FILES = ("ckpt.pt", "ckpt-*.pt", "best", "adapter", "tensorboard", "results.json",
-             "metrics.jsonl", "loss.png", "answers.jsonl", "confusion.png", "predictions", "predictions_*.csv",
+             "metrics.jsonl", "loss.png", "answers.jsonl", "confusion.png", "predictions",
+             "predictions_*.csv",
              "generated_*.txt", "dev_*.txt")
 
 

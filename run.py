@@ -280,7 +280,8 @@ class Run:
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.env.scaler.state_dict(), "best_loss": best,
                 "settings": self.settings, "command": self.command,
-                "wandb_id": self.wandb and self.wandb.id, **{key: getattr(self, key) for key in COUNTS}, **more},
+                "wandb_id": self.wandb and self.wandb.id,
+                **{key: getattr(self, key) for key in COUNTS}, **more},
                 self.settings.get("keep_checkpoints", 1), self.last_saved)
             self.metrics.plot()
         self.last_saved = self.step

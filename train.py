@@ -378,7 +378,8 @@ def main():
     if env.rank == 0 and not run.stopped:
         print(f"{run.metrics.sketch()}\ndone: {run.step:,} steps, {run.tokens:,} tokens, "
               f"{duration(run.elapsed_s)} of training, best validation loss {run.best[0]:.4f}\n"
-              f"loss curve: {out / 'loss.png'}; text: python sample.py --init_from={shlex.quote(str(out))}")
+              f"loss curve: {out / 'loss.png'}\n"
+              f"text: python sample.py --init_from={shlex.quote(str(out))}")
     env.sum(0)  # rank 0 may still be writing
     env.close()
 
