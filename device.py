@@ -45,6 +45,9 @@ class Device:
             mps = torch.backends.mps.is_available() and self.world == 1  # gloo cannot reduce there
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         if device in ("cuda", "gpu"):
+            if self.world > 1 and "LOCAL_RANK" not in os.environ:  # else all would take one GPU
+                raise ValueError("LOCAL_RANK, which of a node's GPUs a rank takes, is not set; "
+                                 "torchrun sets it, or give --device=cuda:N")
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         try:
             self.device = torch.device(device)
@@ -215,6 +218,9 @@ def check_launch(environ):
         if missing:
             raise ValueError(f"WORLD_SIZE={environ['WORLD_SIZE']} is in the environment, but not "
                              f"{' and '.join(missing)}; {start}, or unset WORLD_SIZE for one rank")
+    elif environ.get("RANK", "0") not in ("", "0"):
+        raise ValueError(f"RANK={environ['RANK']} is in the environment, but no WORLD_SIZE; {start}"
+                         ", or unset RANK")
     elif "RANK" not in environ:
         for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if environ.get(key, "1") not in ("", "1"):

@@ -385,7 +385,8 @@ def test_several_ranks_take_no_mps(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # it need not be, here
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "x"),
+                        ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     assert Device().type == "cpu"
 
@@ -739,8 +740,9 @@ def test_a_model_that_is_nearly_named_is_not_sought_on_the_hub(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("environ, told", [
-    ({"WORLD_SIZE": "2"}, "but not RANK and MASTER_ADDR and MASTER_PORT; start all ranks by torchrun"),
+    ({"WORLD_SIZE": "2"}, "not RANK and MASTER_ADDR and MASTER_PORT; start all ranks by torchrun"),
     ({"WORLD_SIZE": "2", "RANK": "1"}, "not MASTER_ADDR and MASTER_PORT"),
+    ({"RANK": "1"}, "RANK=1 is in the environment, but no WORLD_SIZE"),
     ({"SLURM_NTASKS": "2"}, r"a scheduler started 2 tasks \(SLURM_NTASKS\)"),
     ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE")])
 def test_half_a_launch_is_refused(environ, told):
