@@ -452,10 +452,10 @@ class Metrics:
 
 
 @contextmanager
-def figure(png, size=(7, 4.2), rows: int = 1):
-    """Axes to draw on, rows of them, in inches; at the end they are written to a PNG file."""
+def figure(png, size=(7, 4.2), rows: int = 1, columns: int = 1):
+    """Axes to draw on, in rows and columns; size in inches. At the end they are written to a PNG."""
     from matplotlib.figure import Figure
     fig = Figure(size, dpi=110, layout="constrained")
-    yield fig.subplots(rows, sharex=True)
+    yield fig.subplots(rows, columns, sharex="col", sharey="row")
     with replacing(png) as tmp:
         fig.savefig(tmp, format="png")
