@@ -108,8 +108,11 @@ def take_settings(script: dict):
         return
     for path in checkpoints(Path(script["out_dir"]))[:2]:
         with suppress(ValueError, TypeError, OSError):  # a damaged one is for open_run
-            old = load_torch(path).get("settings")
-            script.update({name: value for name, value in dict(old).items() if name in script
+            saved = load_torch(path)
+            old = dict(saved.get("settings"))
+            old |= {name: value for name, value in dict(saved.get("config")).items()
+                    if old.get(name) is not None}  # sizes that a pretrained model decided
+            script.update({name: value for name, value in old.items() if name in script
                            and name not in script["_given"] and name not in OF_THE_MOMENT})
             return
 

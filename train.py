@@ -219,6 +219,8 @@ def take_what_is_there(script: dict):
     check_settings(init_from, theirs, script, given)
     if "block_size" not in script["_given"]:
         script["block_size"] = min(block_size, theirs["block_size"])
+    script.update({name: theirs[name] for name in network_settings(script)
+                   if name not in ("block_size", "dropout")})
 
 
 def resumed_model(checkpoint: dict, settings: dict, data) -> GPT:
