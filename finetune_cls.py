@@ -528,7 +528,8 @@ def main():
     max_steps = epochs * per_epoch
     env.say(f"{base}: {parameters:,} parameters, {mode} trains {trained_parameters:,}; "
             f"{env.name()}, {str(env.dtype).removeprefix('torch.')}\nclasses: {', '.join(names)}; "
-            f"epochs: {epochs}, {max_steps:,} steps of {batch_size} texts ({parts} micro-batches)")
+            f"epochs: {epochs}, {max_steps:,} steps of {batch_size} texts"
+            + (f" in {parts} micro-batches" if parts > 1 else ""))
 
     # ---- the run ----
     update = build_optimizer(net, optimizer, learning_rate, weight_decay, (0.9, 0.999),

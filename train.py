@@ -318,7 +318,8 @@ def main():
 
     # ---- batches ----
     order = WindowOrder(data.train.tokens, block_size, seed)
-    per_update = accumulation * env.world * batch_size * block_size
+    one = batch_size * block_size  # tokens of a micro-batch
+    per_update = accumulation * env.world * one
     fetcher = ThreadPoolExecutor(1)
 
     def batch(first):
@@ -337,8 +338,9 @@ def main():
     say(f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
         f"{block_size}, vocabulary {config.vocab_size:,} ({tokenizer.name}): "
         f"{raw_model.num_params():,} parameters")
+    parts = f"{accumulation * env.world} micro-batches of " if per_update > one else ""
     say(f"{data.train.tokens:,} training tokens; {max_steps:,} steps of {per_update:,} tokens "
-        f"({accumulation} x {env.world} micro-batches of {batch_size} x {block_size}), "
+        f"({parts}{batch_size} x {block_size}), "
         f"{max_steps * per_update / data.train.tokens:.2f} epochs; {env.name()}, "
         f"{str(env.dtype).removeprefix('torch.')}")
     model = raw_model.train()
