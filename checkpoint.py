@@ -239,6 +239,8 @@ def save_best(out_dir: Path, model, tokenizer, **config):
     Each file is replaced whole; config.json, without which it is no model, comes last. config:
     further fields of it."""
     best = out_dir / "best"
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in tokenizer.stop_ids:
+        tokenizer.stop_ids.append(tokenizer.eos_id)  # with it training closes its texts
     if not (best / "config.json").is_file():  # else the tokenizer is there, the same
         tokenizer.save(best, model_max_length=model.config.block_size)
     merge(model)
