@@ -115,6 +115,9 @@ def take_settings(script: dict):
             script.update({name: value for name, value in old.items() if name in script
                            and name not in script["_given"] and name not in OF_THE_MOMENT})
             return
+    if script["init_from"] == "resume" and not checkpoints(Path(script["out_dir"])):
+        raise ValueError(f"no {Path(script['out_dir'], 'ckpt.pt')} to resume from; start without "
+                         "--init_from=resume")
 
 
 def check_settings(path: Path, old: dict, new: dict, names, command: str | None = None):
@@ -289,20 +292,19 @@ def adapter_base(name) -> str | None:
 
 
 def model_tokenizer(name, revision: str | None = None) -> Tokenizer | None:
-    """The one that lies with a model (a run or Hugging Face folder, a hub name), if any; of
-    adapters, their base model's. ValueError for one of a kind that is not read here."""
-    folder, tokenizer = local_folder(name), None
+    """The one that lies with a model (a run or Hugging Face folder, a hub name) or adapters, else
+    their base model's, if any. ValueError for one of a kind that is not read here."""
+    folder, base = local_folder(name), adapter_base(name)
     if (folder / "ckpt.pt").is_file():
         return from_json(load_torch(folder / "ckpt.pt").get("tokenizer", ""))
-    if base := adapter_base(name):
-        return model_tokenizer(base, revision)
     found = [find_file(name, file, revision) for file in (*TOKENIZER_FILES, *OTHER_FILES)]
     found = [path for path in found if path]  # of the hub's, all lie in one folder
     check_readable(name, [path.name for path in found])
     if {path.name for path in found} & {"tokenizer.json", "vocab.json", "vocab.bpe"}:
         tokenizer = open_tokenizer(found[0].parent)
-        tokenizer.take_model_ids(read_model_ids(name, revision))
-    return tokenizer
+        tokenizer.take_model_ids(read_model_ids(base or name, revision))
+        return tokenizer
+    return model_tokenizer(base, revision) if base else None
 
 
 def load_model(name, tokenizer=None, **options):
@@ -314,13 +316,14 @@ def load_model(name, tokenizer=None, **options):
     if base := adapter_base(name):
         folder = local_folder(name)
         try:
-            model, tokenizer = load_model(base, tokenizer, **options)
+            own = tokenizer or model_tokenizer(name, options.get("revision"))
+            model, tokenizer = load_model(base, own, **options)
         except ValueError as e:
             raise ValueError(f"{folder / 'adapter_config.json'} names the base model {base}: {e}"
                              ) from None
         load_adapter(model, folder)
         merge(model, for_good=True)
-        return model, tokenizer
+        return model.requires_grad_(), tokenizer
     model = GPT.from_pretrained(name, **options)
     rows, own = model.config.vocab_size, None
     if tokenizer is None:

@@ -68,7 +68,7 @@ def check_export(folder) -> str:
     """In a sentence, how far transformers' logits of random token ids, by the model in a folder,
     are from those of model.py. ValueError where that is more than rounding."""
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
     except ImportError:
         return "not checked: transformers is not installed"
@@ -80,6 +80,12 @@ def check_export(folder) -> str:
         theirs = AutoModelForCausalLM.from_pretrained(folder).float()(idx).logits
     except KeyError as e:  # of an activation that it lacks
         raise ValueError(f"transformers cannot build this network: {e}") from None
+    if (Path(folder) / "tokenizer.json").is_file():
+        ours = open_tokenizer(folder)
+        text = ours.decode([i for i in idx[0].tolist() if i < ours.vocab_size])
+        if AutoTokenizer.from_pretrained(folder)(text)["input_ids"] != ours.encode(
+                text, special=True).tolist():
+            raise ValueError(f"transformers' AutoTokenizer makes other ids of {text!r}")
     difference = (theirs - model(idx)[0]).abs().max().item()
     if not difference <= 1e-3:
         raise ValueError("transformers would compute other logits than model.py (largest "

@@ -154,6 +154,9 @@ def describe(meta: dict) -> str:
         lines.append(f"{split:5}{s['documents']:11,}{s['tokens']:14,}{s['bytes'] / 1e6:7.1f}"
                      f"{s['bytes'] / s['tokens']:13.2f}{s['seconds']:9.1f}"
                      f"{s['tokens'] / max(s['seconds'], 0.01):12,.0f}")
+    several = any(s["documents"] > 1 for s in meta["splits"].values())
+    if meta["eos_id"] is None and meta["tokenizer"] != "char" and several:
+        lines.append("note: the tokenizer names no end-of-text, so the documents run into each other")
     for split, s in meta["splits"].items():
         for token, count in s.get("special_tokens_as_text", {}).items():
             cut = f", --separator={shlex.quote(token)} cuts documents there"

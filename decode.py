@@ -164,10 +164,12 @@ def left_padded(prompts: list[list[int]], device):
     return idx.clamp(min=0), (idx >= 0).long()
 
 
-def stream_text(model: GPT, tokenizer, idx, *args, **options):
+def stream_text(model: GPT, tokenizer, idx, *args, before=(), **options):
     """Yields (text, tokens so far) of `model.stream` for one prompt idx (1, T), as it comes; bytes
-    that are not yet a whole character wait. The stop token is not part of the text."""
-    ids, start, shown = [], 0, ""  # ids[:start] are done with; of the others `shown` has been
+    that are not yet a whole character wait. The stop token is not part of the text. before: the ids
+    that stand before it, as far as they are shown."""
+    ids, start = list(before), max(0, len(before) - 1)  # ids[:start] are done with
+    shown = tokenizer.decode(ids[start:])  # of the others
     for count, token in enumerate(model.stream(idx, *args, **options), 1):
         if token.item() in tokenizer.stop_ids:
             break

@@ -38,8 +38,8 @@ class Device:
 
     def __init__(self, device: str = "auto", dtype: str = "auto"):
         check_launch(os.environ)
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK") or "0")
+        self.world = int(os.environ.get("WORLD_SIZE") or "1")
         self.held = None  # the lock of the run's folder
         if device == "auto":
             mps = torch.backends.mps.is_available() and self.world == 1  # gloo cannot reduce there
@@ -212,6 +212,9 @@ def to_device(tensor, device):
 def check_launch(environ):
     """ValueError where the environment names ranks by halves, or a scheduler started several
     processes that do not know of each other."""
+    for key in ("RANK", "WORLD_SIZE"):
+        if not (environ.get(key) or "0").isdecimal():
+            raise ValueError(f"{key}={environ[key]!r} is in the environment, expected a number")
     start = "start all ranks by torchrun --standalone --nproc_per_node=N SCRIPT.py …"
     if environ.get("WORLD_SIZE", "1") not in ("", "1"):
         missing = [key for key in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(key)]

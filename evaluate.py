@@ -83,15 +83,22 @@ def copied(groups: list[list[str]], training, n: int = 8) -> list[float]:
 def documents(data, name: str):
     """The documents of a split of prepared data, as text."""
     split, tokenizer = getattr(data, name), data.tokenizer()
+
+    def text(ids):  # without what the tokenizer puts around a whole text
+        first, last = tokenizer.frame
+        ids = ids[len(first):] if ids[:len(first)] == first else ids
+        last = [i for i in last if i != tokenizer.eos_id]
+        return tokenizer.decode(ids[:-len(last)] if last and ids[-len(last):] == last else ids)
+
     rest = np.zeros(0, int)  # a document that goes on in the next block
     for start in range(0, split.tokens, 2**20):  # blocks of a million tokens
         block = split.rows([start], min(2**20, split.tokens - start))[0]
         ids = np.concatenate([rest, block])
         *whole, rest = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id) + 1)
         for document in whole:
-            yield tokenizer.decode(document[:-1].tolist())
+            yield text(document[:-1].tolist())
     if len(rest):
-        yield tokenizer.decode(rest.tolist())
+        yield text(rest.tolist())
 
 
 def split_story(text: str) -> tuple[str, str] | None:

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from checkpoint import (
+    adapter_base,
     check_data,
     load_model,
     model_tokenizer,
@@ -223,8 +224,10 @@ def encode(examples: list[Example], tokenizer, T: int) -> tuple[list[np.ndarray]
         for part, after in zip(ids, fixed[1:]):
             parts += [part, after]
         row = np.concatenate(parts).astype(np.int64)
-        real = np.flatnonzero(row != tokenizer.pad_id)  # transformers reads the last of these
-        rows.append(row[:real[-1] + 1] if len(real) else np.array([tokenizer.pad_id]))
+        if tokenizer.pad_id is not None:  # transformers reads the last token that is another
+            real = np.flatnonzero(row != tokenizer.pad_id)
+            row = row[:real[-1] + 1] if len(real) else row[:0]
+        rows.append(row if len(row) else np.array([tokenizer.eos_id]))
     return rows, f"{cut:,} cut, {empty:,} empty"
 
 
@@ -304,7 +307,8 @@ def read_config(name: str) -> tuple[dict, list[str]]:
     config = read_json(file) if file.is_file() else {}
     labels = config.get("id2label")
     if labels is None and "ForSequenceClassification" in str(config.get("architectures")):
-        labels = {0: "LABEL_0", 1: "LABEL_1"}  # which transformers does not write down
+        names = range(config.get("num_labels", 2))  # which transformers does not write down
+        labels = {number: f"LABEL_{number}" for number in names}
     return config, [labels[number] for number in sorted(labels or {}, key=int)]
 
 
@@ -316,6 +320,9 @@ def load(name: str, names: list[str], env) -> tuple:
     fields, tensors = read_pretrained(folder) if config else ({}, {})
     if "score.weight" in tensors:  # without lm_head.weight, as transformers writes them
         weight = tensors.pop("score.weight")[1]().float()
+        if len(weight) != len(own):
+            raise ValueError(f"{folder}: its linear layer has {len(weight)} rows, its config.json "
+                             f"{len(own)} classes")
         fields |= {"dropout": dropout, "tie_word_embeddings": "lm_head.weight" not in tensors}
         gpt = GPT(make_config(GPTConfig, fields, folder))
         gpt.load_state_dict(fitting_tensors(tensors, gpt.state_dict(), name))
@@ -463,13 +470,24 @@ def classify(env):
     beside the run, or in out_dir if that is on the hub."""
     config, names = read_config(init_from)
     if not names:
-        raise ValueError(f"{init_from} is no classifier; name one with --init_from")
-    how = {"style": "head", "keep": "head", "lowercase": False, "max_tokens": None, "pairs": False}
+        merge = ("; of adapters merge_and_unload the model by PEFT first"
+                 if adapter_base(init_from) else "")
+        raise ValueError(f"{init_from} is no classifier; name one with --init_from{merge}")
+    if config.get("problem_type") in ("regression", "multi_label_classification") or len(names) < 2:
+        raise ValueError(f"{init_from} is for {config.get('problem_type') or 'regression'}, not for "
+                         "one class of several")
+    file = local_folder(init_from) / "tokenizer_config.json"
+    limits = read_json(file) if file.is_file() else {}
+    how = {"style": "head", "lowercase": False, "pairs": False,
+           "keep": "tail" if limits.get("truncation_side") == "left" else "head",
+           "max_tokens": limits.get("model_max_length")}
     how |= config.get("finetune_cls", {})  # which those of others lack
     n = 1 + how["pairs"]  # texts that go together
     globals().update(how, epochs=0)
     net, tokenizer = load(init_from, names, env)
-    T = max_tokens or net.gpt.config.block_size
+    if "finetune_cls" not in config:  # without one transformers reads a row's last token
+        tokenizer.pad_id = config.get("pad_token_id")
+    T = min(max_tokens or net.gpt.config.block_size, net.gpt.config.block_size)
     if predict_file:
         examples = make_examples(read_table(predict_file), predict_file, score_test)
     else:

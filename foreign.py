@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face folder, as AutoTokenizer of transformers 5 builds it."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 from files import read_json, read_text
@@ -25,6 +26,17 @@ BUILDING = ("tokenizer_class", "added_tokens_decoder", "add_prefix_space", "add_
             "add_eos_token", "auto_map", "name_or_path", "model_input_names", "model_max_length",
             "backend", "is_local", "local_files_only", "vocab_file", "merges_file",
             "tokenizer_file")
+
+
+@contextmanager
+def library_errors(what):
+    """Whatever the `tokenizers` library raises, its panics included, as a ValueError of one line."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # noqa: BLE001 (a panic is no Exception)
+        raise ValueError(f"{what}: {e}") from None
 
 
 def check_readable(where, files):
@@ -61,17 +73,18 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
         config.setdefault("extra_special_tokens", config.pop("additional_special_tokens"))
     if "added_tokens_decoder" not in config:
         config |= read("special_tokens_map.json")
+        config.pop("additional_special_tokens", None)  # which transformers 5 does not read there
+    if kind != "GPT2Tokenizer" and data.get("padding"):
+        config.setdefault("pad_token", data["padding"].get("pad_token"))
     config.setdefault("eos_token", None)  # none is named, so there is none
     if (folder / "chat_template.jinja").is_file():
         config["chat_template"] = read_text(folder / "chat_template.jinja")
-    try:
+    with library_errors(f"{folder} holds no usable tokenizer"):
         definition = data if kind != "GPT2Tokenizer" else _gpt2_definition(folder, data, config)
         library = tokenizers.Tokenizer.from_str(json.dumps(definition))
         _add_tokens(library, data, config, read("added_tokens.json"))
         if not data:
             _add_frame(library, config)
-    except Exception as e:  # noqa: BLE001 (whatever a damaged file makes the library raise)
-        raise ValueError(f"{folder} holds no usable tokenizer ({type(e).__name__}: {e})") from None
     return json.loads(library.to_str()), config
 
 

@@ -291,6 +291,8 @@ def save(model, defaults, folder, more: dict):
     save_safetensors(Path(folder) / "model.safetensors", tensors)
     generation = {key: hf[key] for key in MODEL_IDS if key in hf}
     generation["max_length"] = config["block_size"]  # else pipelines go on past the last position
+    if model.num_tokens < config["vocab_size"]:  # rows that only fill up the matrix
+        generation["suppress_tokens"] = [*range(model.num_tokens, config["vocab_size"])]
     write_text(Path(folder) / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     write_text(Path(folder) / "config.json", json.dumps(hf, indent=2) + "\n")
 

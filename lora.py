@@ -151,6 +151,10 @@ def load_adapter(model, folder):
             raise ValueError(f"{folder}: {key}={value!r} is not supported; it may change what is "
                              "computed")
     found = read_adapter(folder)
+    for key in found:
+        if ".lora_" not in key:
+            raise ValueError(f"{folder} also changes {key}, which is not supported; merge it by "
+                             "PEFT's merge_and_unload and save_pretrained, and give that folder")
     names = {key.removeprefix("base_model.model.").split(".lora_")[0] for key in found}
     add_lora(model, config.get("r", 8), config.get("lora_alpha", 8),
              config.get("lora_dropout", 0.0), sorted(names))

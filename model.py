@@ -311,8 +311,8 @@ class GPT(nn.Module):
 
 def check_sampling(idx, max_new_tokens, temperature, top_k=None, top_p=None, mask=None):
     """ValueError, with the range, for a sampling setting out of it."""
-    if mask is not None and not mask[:, -1].all():
-        raise ValueError("attention_mask ends in 0: prompts are padded on the left, not the right")
+    if mask is not None and (mask.shape != idx.shape or not mask[:, -1].all()):
+        raise ValueError("attention_mask must be (B, T) and end in 1: padded on the left")
     if idx.ndim != 2 or not idx.numel():
         raise ValueError(f"a prompt must be (B, T) with T >= 1, got shape {tuple(idx.shape)}")
     if not 1 <= max_new_tokens <= 2**24:

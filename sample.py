@@ -70,10 +70,14 @@ def write(model, tok, text: str, number: int, template: str | None = None):
         ids, cut = prompt_ids(tok, template, text.strip(), instruct_input.strip(), limit)
         if cut:
             print(f"note: the prompt does not fit the context of {T}: its end was cut")
-        prompt = ""
+        shown = []
     else:
         ids = encode_prompt(text, tok, T)
-        prompt = tok.decode([i for i in ids if i not in (tok.eos_id, tok.bos_id)])
+        shown = [i for i in ids if i not in (tok.eos_id, tok.bos_id)]
+
+    def whole(new):  # decoded with the prompt: a tokenizer may write a token otherwise alone
+        return tok.decode([*shown, *itertools.takewhile(lambda i: i not in tok.stop_ids, new)])
+
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)
     options = (max_new_tokens, temperature, top_k, top_p, tok.stop_ids,
                torch.Generator().manual_seed(seed + number))
@@ -82,19 +86,18 @@ def write(model, tok, text: str, number: int, template: str | None = None):
         ids, scores = beam_search(model, idx, max_new_tokens, num_beams, length_penalty,
                                   tok.stop_ids)
         count = ids.size(1) - idx.size(1)
-        new = [i for i in ids[0, idx.size(1):].tolist() if i not in tok.stop_ids]
-        print(f"{prompt}{tok.decode(new)}\n(score {scores[0].item():.4f})")
+        print(f"{whole(ids[0, idx.size(1):].tolist())}\n(score {scores[0].item():.4f})")
     elif num_samples == 1:
-        print(prompt, end="", flush=True)
-        for piece, count in stream_text(model, tok, idx, *options):
+        print(whole([]), end="", flush=True)
+        for piece, count in stream_text(model, tok, idx, *options, before=shown):
             print(piece, end="", flush=True)
         print()
     else:
         new = model.generate(idx.expand(num_samples, -1), *options)[:, idx.size(1):].tolist()
         for n, row in enumerate(new, 1):
-            ids = list(itertools.takewhile(lambda i: i not in tok.stop_ids, row))
-            count += min(len(ids) + 1, len(row))
-            print(f"--- {n}\n{prompt}{tok.decode(ids)}")
+            ended = [i for i, token in enumerate(row, 1) if token in tok.stop_ids]
+            count += min([*ended, len(row)])
+            print(f"--- {n}\n{whole(row)}")
     seconds = time.perf_counter() - clock
     print(f"\n{count:,} tokens in {seconds:.2f} s, {count / seconds:,.1f} tokens/s")
 

@@ -149,7 +149,7 @@ def read_documents(path, separator: str | None = None, column: str = "text"):
         if b"\0" in head:
             start = head.index(0)
             raise UnicodeDecodeError("utf-8", head, start, start + 1, "no text has it")
-        if not Path(path).suffixes and head.startswith((b'{"', b'[{"')):
+        if not kind and head.startswith((b'{"', b'[{"')):
             raise ValueError("it begins as JSON: let its name end in .json (standard input: "
                              "-.json), or in .txt to keep its braces")
         file = io.TextIOWrapper(file, "utf-8-sig")  # without Windows' byte-order mark
@@ -301,7 +301,7 @@ def _numbered(batches):
 
 
 # Each yields (where it stands, row); the binary ones, of this column alone where there is one.
-READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json_values,
+READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".jsonlines": _json_lines, ".json": _json_values,
            ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
 
 
@@ -401,7 +401,11 @@ def instruction_record(row) -> dict:
         if roles not in ("user assistant", "system user assistant"):
             raise ValueError(f"a chat of {len(said)} turns ({roles})")
         *system, question, answer = [text for _, text in said]
+        if not all(isinstance(text, str) for _, text in said):
+            raise ValueError("a chat whose content is not text alone")
         row = {"instruction": question and "\n\n".join([*system, question]), "output": answer}
+    elif isinstance(row.get("system"), str) and isinstance(row.get("instruction"), str):
+        row = row | {"instruction": "\n\n".join(filter(None, [row["system"], row["instruction"]]))}
     record = {}
     for field, names in FIELDS.items():
         found = {name: row[name] for name in names
@@ -414,7 +418,9 @@ def instruction_record(row) -> dict:
         record[field] = value.strip() if isinstance(value, str) else None
     named = any(name in row for name in FIELDS["output"])
     if not named or not record["instruction"] or None in record.values():
-        raise ValueError(f"the fields {', '.join(map(str, row))}")
+        fields = (f"{name} ({type(value).__name__})" if isinstance(value, (list, dict)) else str(name)
+                  for name, value in row.items())
+        raise ValueError(f"the fields {', '.join(fields)}")
     return record
 
 
@@ -434,7 +440,8 @@ def prompt_ids(tokenizer, template: str, instruction: str, text: str, limit: int
     those written out in instruction and text are text. A prompt of more than `limit` tokens loses
     the end of its input (of the instruction, where there is none)."""
     values = {"instruction": instruction, "input": text, "output": ""}
-    written = any(token in value for token in tokenizer.special for value in values.values())
+    special = {} if tokenizer.config.get("split_special_tokens") else tokenizer.special
+    written = any(token in value for token in special for value in values.values())
 
     def fill(part):  # in one pass, so that a slot's name in a value stays as it is
         return SLOT.sub(lambda slot: values[slot[1]], part)
@@ -442,10 +449,17 @@ def prompt_ids(tokenizer, template: str, instruction: str, text: str, limit: int
     def encode(part):
         if not written:  # so all that is parsed stands in the template
             return tokenizer.encode(fill(part), special=True, whole=False).tolist()
-        ids = []
-        for number, piece in enumerate(tokenizer.special_pattern.split(part)):
-            ids += ([tokenizer.special[piece]] if number % 2
-                    else tokenizer.encode(fill(piece), whole=False).tolist())
+        ids, pieces = [], tokenizer.special_pattern.split(part)  # every other one is a token
+        for number, piece in enumerate(pieces):
+            if number % 2:
+                ids.append(special[piece])
+                continue
+            filled = fill(piece)
+            if number and tokenizer.strips.get(pieces[number - 1], (0, 0))[1]:
+                filled = filled.lstrip()
+            if number + 1 < len(pieces) and tokenizer.strips.get(pieces[number + 1], (0, 0))[0]:
+                filled = filled.rstrip()
+            ids += tokenizer.encode(filled, whole=False).tolist()
         return ids
 
     (head, tail), (first, last) = split_template(template, text), tokenizer.frame

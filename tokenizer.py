@@ -24,7 +24,7 @@ import bpe
 import foreign
 from bpe import BYTE_ORDER, CHARS, PATTERN, token_bytes
 from files import HERE, read_text, write_text
-from foreign import BYTE_LEVEL, EOT, content_of
+from foreign import BYTE_LEVEL, EOT, content_of, library_errors
 from text import find_files, normalize, read_documents, sha256
 
 input: list[str] = []  # train: files or globs, as of prepare_text.py
@@ -59,6 +59,7 @@ class Tokenizer:
 
     def __init__(self, name: str, ids: dict[str, int], merges=(), special=(), config=None):
         self.name, self.merges, self.vocab_size = name, list(merges), len(ids)
+        self.strips = {}  # {special token: whether it takes the spaces before, and after it}
         self.ids = dict(sorted(ids.items(), key=lambda item: item[1]))
         self.special = {t: i for t, i in self.ids.items() if t in special}
         if list(self.ids.values()) != list(range(len(ids))):
@@ -235,6 +236,8 @@ class Tokenizer:
                                    for i in {*self.frame[0], *self.frame[1], self.eos_id}}}
         prefix = (definition["pre_tokenizer"] or {}).get("add_prefix_space")
         config = self._default_config() | self.config | more
+        if isinstance(config.get("extra_special_tokens"), list):  # by its name in transformers 4
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
         if prefix:  # which transformers 4 would turn off
             config["add_prefix_space"] = True
         files = {"tokenizer.json": json.dumps(definition, ensure_ascii=False),
@@ -265,10 +268,8 @@ class ForeignTokenizer(Tokenizer):
         import tokenizers
 
         text = json.dumps(definition | {"truncation": None, "padding": None})
-        try:
+        with library_errors("not a whole tokenizer.json"):
             self.plain, self.parsing = (tokenizers.Tokenizer.from_str(text) for _ in range(2))
-        except Exception as e:  # noqa: BLE001 (the library raises nothing more precise)
-            raise ValueError(f"not a whole tokenizer.json: {e}") from None
         config = config or {}
         self.plain.encode_special_tokens = True  # they are ordinary text
         self.parsing.encode_special_tokens = bool(config.get("split_special_tokens"))
@@ -281,10 +282,14 @@ class ForeignTokenizer(Tokenizer):
         added = self.plain.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         self._name_ids(config)
-        if self.plain.num_special_tokens_to_add(False):
-            text, framed = (self.encode("a", whole=whole).tolist() for whole in (False, True))
-            start = next(i for i in range(len(framed)) if framed[i:i + len(text)] == text)
-            self.frame = framed[:start], framed[start + len(text):]
+        self.strips = {token.content: (token.lstrip, token.rstrip) for token in added.values()}
+        for text in ("a", *self.ids) if self.plain.num_special_tokens_to_add(False) else ():
+            framed = self.plain.encode(text)
+            mask = framed.special_tokens_mask  # 1 for what the post-processor added
+            if 0 in mask:
+                first, end = mask.index(0), len(mask) - mask[::-1].index(0)
+                self.frame = framed.ids[:first], framed.ids[end:]
+                break
 
     @cached_property
     def tokens(self) -> list[bytes]:
@@ -294,18 +299,14 @@ class ForeignTokenizer(Tokenizer):
     def encode(self, text: str, special: bool = False, whole: bool = True) -> np.ndarray:
         """As in Tokenizer; whole: with the beginning and the end that its post-processor adds."""
         library = self.parsing if special else self.plain
-        try:
+        with library_errors("its tokenizer cannot encode the text"):
             return np.array(library.encode(text, add_special_tokens=whole).ids, self.dtype)
-        except Exception as e:  # noqa: BLE001
-            raise ValueError(f"its tokenizer cannot encode the text: {e}") from None
 
     def encode_documents(self, texts: list[str], special: bool = False) -> list[np.ndarray]:
         """As in Tokenizer, by the library's threads."""
         library = self.parsing if special else self.plain
-        try:
+        with library_errors("its tokenizer cannot encode a text"):
             rows = [encoding.ids for encoding in library.encode_batch_fast(texts)]
-        except Exception as e:  # noqa: BLE001
-            raise ValueError(f"its tokenizer cannot encode a text: {e}") from None
         closed = self.eos_id is not None and self.frame[1][-1:] == [self.eos_id]
         return [np.array(row[:-1] if closed else row, self.dtype) for row in rows]
 
@@ -354,11 +355,19 @@ def _from_folder(folder) -> Tokenizer:
         result = from_definition(definition, config)
     except ValueError as e:
         raise ValueError(f"{folder} holds no usable tokenizer ({e})") from None
-    default = result._default_config()
-    result.config = {key: value for key, value in config.items()
-                     if key not in foreign.BUILDING and default.get(key) != value}
+    # What `save` writes anyway is left out, so that to_json is a plain tokenizer.json where it can.
+    default, kept = result._default_config(), {}
+    for key, value in config.items():
+        if key in foreign.NAMED_TOKENS:
+            value = content_of(value)
+            plain = value is None or result.ids.get(value) == result.eos_id
+        else:
+            plain = key in foreign.BUILDING or default.get(key) == value
+        if not plain:
+            kept[key] = value
     if result.eos_id != result.usual_eos():
-        result.config["eos_token"] = config["eos_token"]
+        kept["eos_token"] = content_of(config["eos_token"])
+    result.config = kept
     return result
 
 
@@ -394,8 +403,9 @@ def _from_nanogpt(raw):
         words = meta.get("itos") or {i: word for word, i in meta["stoi"].items()}
         words = words.items() if isinstance(words, dict) else enumerate(words)
         ids = {word: int(i) for i, word in words}
-    if all(len(word) == 1 for word in ids):
-        return Tokenizer("char", ids)
+    longer = [word for word in ids if len(word) != 1]
+    if len(longer) < len(ids) / 2:
+        return Tokenizer("char", ids, special=longer, config={"eos_token": None})
     return ForeignTokenizer({"version": "1.0", "added_tokens": [], "normalizer": None,
                              "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None,
                              "decoder": None,

@@ -24,6 +24,7 @@ from checkpoint import (
     adapter_base,
     check_data,
     check_settings,
+    checkpoints,
     load_model,
     model_tokenizer,
     newest_checkpoint,
@@ -36,10 +37,11 @@ from configurator import run as run_script
 from data import Data, WindowOrder
 from decode import Int8Linear, prepare
 from device import begin, to_device
-from hf import read_pretrained
+from hf import read_model_ids, read_pretrained
 from model import GPT, GPTConfig
 from optim import build_optimizer
 from run import Run, duration, lr_scale, micro_batches
+from tokenizer import from_json
 
 # what and where
 out_dir = "out/run"  # the run's folder: ckpt.pt, best/, metrics.jsonl, loss.png
@@ -207,6 +209,8 @@ def take_what_is_there(script: dict):
     it is shorter, from a pretrained model. ValueError for a given size that is not the model's."""
     evaluates = eval_only and "init_from" not in script.get("_given", ())
     if evaluates:
+        if not checkpoints(Path(out_dir)):
+            raise ValueError(f"there is no checkpoint in {out_dir}; name a model with --init_from")
         script["init_from"] = "resume"
     take_settings(script)
     if evaluates and (Path(out_dir) / "best" / "config.json").is_file():
@@ -216,30 +220,36 @@ def take_what_is_there(script: dict):
     base = adapter_base(init_from) or init_from
     theirs = vars(GPTConfig()) | read_pretrained(base, revision)[0]
     given = network_settings(script).keys() & script["_given"] - {"block_size", "dropout"}
-    check_settings(init_from, theirs, script, given)
+    other = [f"{name}={theirs[name]}, not {script[name]}" for name in sorted(given)
+             if theirs[name] != script[name]]
+    if other:
+        raise ValueError(f"the model in {init_from} has {'; '.join(other)}; leave that out, or "
+                         "begin with a network of your own, --init_from=scratch")
     if "block_size" not in script["_given"]:
         script["block_size"] = min(block_size, theirs["block_size"])
     script.update({name: theirs[name] for name in network_settings(script)
                    if name not in ("block_size", "dropout")})
 
 
-def resumed_model(checkpoint: dict, settings: dict, data) -> GPT:
-    """The network of a checkpoint; ValueError where the run could not go on with it as it was."""
+def resumed_model(checkpoint: dict, settings: dict, data) -> tuple:
+    """The network of a checkpoint, and its tokenizer; ValueError where the run could not go on with it as it was."""
     path, network = checkpoint["path"], network_settings(settings)
     old = vars(GPTConfig()) | checkpoint["config"]  # which lacks what the code has learned since
     check_settings(path, old, network, network.keys() - {"dropout"}, checkpoint.get("command"))
-    if checkpoint["tokenizer"] != data.tokenizer().to_json():
+    if from_json(checkpoint["tokenizer"]).definition() != data.tokenizer().definition():
         raise ValueError(f"{path} was trained with another tokenizer than {dataset} has now; "
                          "bring that back, or give another --out_dir")
     check_data(checkpoint, data.fingerprint(), dataset)
-    return saved_model(checkpoint, dropout)[0]
+    return saved_model(checkpoint, dropout)
 
 
-def first_model(settings: dict, data) -> GPT:
-    """The network that a run begins with: a new one, or a pretrained one."""
+def first_model(settings: dict, data, tokenizer) -> GPT:
+    """The network that a run begins with: a new one, or a pretrained one, whose files say what
+    stops a text."""
     if init_from not in ("scratch", "auto"):
-        same_tokenizer(f"init_from={init_from}", init_from, data.tokenizer())
-        return load_model(init_from, data.tokenizer(), revision=revision, dtype=torch.float32,
+        same_tokenizer(f"init_from={init_from}", init_from, tokenizer)
+        tokenizer.take_model_ids(read_model_ids(adapter_base(init_from) or init_from, revision))
+        return load_model(init_from, tokenizer, revision=revision, dtype=torch.float32,
                           dropout=dropout, block_size=None if eval_only else block_size)[0]
     model = GPT(GPTConfig(vocab_size=data.vocab_size, **network_settings(settings)))
     if wte_from:
@@ -282,10 +292,11 @@ def main():
 
     # ---- the model: new, resumed or pretrained ----
     if checkpoint is not None:
-        raw_model = resumed_model(checkpoint, settings, data)
+        raw_model, tokenizer = resumed_model(checkpoint, settings, data)
     else:
-        raw_model = first_model(settings, data)
-    config, tokenizer = raw_model.config, data.tokenizer()
+        tokenizer = data.tokenizer()
+        raw_model = first_model(settings, data, tokenizer)
+    config = raw_model.config
     env.place(raw_model, checkpoint_activations)
     if eval_only:
         if checkpoint is not None:
