@@ -193,6 +193,18 @@ def test_a_classifier_from_elsewhere_predicts_and_keeps_its_names(base, tmp_path
         assert results["classes"] == names and names[2] in (tmp_path / "run" / "predictions_dev.csv").read_text()
 
 
+@pytest.mark.parametrize("options, told", [
+    ({"num_labels": 1}, "is for regression"),
+    ({"num_labels": 3, "problem_type": "multi_label_classification"}, "is for multi_label_classification")])
+def test_classifiers_of_other_kinds_are_refused(tmp_path, options, told):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=256, n_positions=8, n_embd=8, n_layer=1, n_head=1, **options)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    open_tokenizer("bytes").save(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        start(f"--init_from={tmp_path}", "--predict", "x")
+
+
 def test_a_padded_batch_has_the_logits_of_each_row_alone(base):
     settings()
     gpt, _ = load_model(base)

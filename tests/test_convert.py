@@ -414,3 +414,29 @@ def test_weights_only(tmp_path, capsys):
     assert "weights only" in capsys.readouterr().out and "weights only" in (tmp_path / "o" / "README.md").read_text()
     x = torch.arange(8)[None]
     assert (GPT.from_pretrained(tmp_path / "o")(x)[0] - model(x)[0]).abs().max() < 1e-6
+
+
+def test_an_adapters_own_tokenizer_and_training_from_it(tmp_path):
+    model = tiny(vocab_size=260)
+    model.float().save_pretrained(tmp_path / "base")
+    open_tokenizer("bytes").save(tmp_path / "base")
+    add_lora(model, 2, 4.0)
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    own = open_tokenizer("bytes")
+    own.save(tmp_path / "adapter", eos_token="Ġ")
+    loaded, tok = load_model(tmp_path / "adapter")
+    assert tok.eos_id == 32 and all(p.requires_grad for p in loaded.parameters())
+
+
+def test_training_from_a_model_keeps_what_stops_its_texts(tmp_path):
+    text = "the cat sat on the mat\n" * 50
+    tok = char_tokenizer(set(text), "\n")
+    write_data(f"{tmp_path}/c", tok, {"train": [text], "val": [text]})
+    tiny(vocab_size=tok.vocab_size).float().save_pretrained(tmp_path / "m", eos_token_id=[3, 4])
+    tok.save(tmp_path / "m")
+    vars(train).update(TRAIN_DEFAULTS)
+    configure(vars(train), [f"--dataset={tmp_path}/c", f"--out_dir={tmp_path}/run", f"--init_from={tmp_path}/m",
+                            "--batch_size=2", "--max_steps=1", "--device=cpu", "--sample_tokens=0"])
+    train.main()
+    said = json.loads((tmp_path / "run" / "best" / "generation_config.json").read_text())
+    assert said["eos_token_id"] == [3, 4, tok.eos_id]  # which closes the documents

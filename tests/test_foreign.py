@@ -155,3 +155,44 @@ def test_ids_are_those_of_autotokenizer(tmp_path, how, options):
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
     for text in TEXTS:
         assert exported(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+def test_the_frame_of_a_small_alphabet_is_the_librarys(tmp_path):
+    """Also where most texts encode to nothing: no token of a document is lost."""
+    vocab = {"<|endoftext|>": 0, "A": 1, "C": 2, "G": 3, "T": 4}
+    tok = Tokenizer(tokenizers.models.BPE(vocab, []))
+    tok.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    tok.post_processor = template("<|endoftext|> $A", tok, "<|endoftext|>")
+    dna = from_json(tok.to_str())
+    assert dna.frame == ([0], []) and [ids.tolist() for ids in dna.encode_documents(["GGCA", "TT"])] == [
+        [0, 3, 3, 2, 1], [0, 4, 4]]
+    assert dna.encode("GA", whole=False).tolist() == [3, 1]
+
+
+def test_what_a_folder_names_survives_our_own_files(tmp_path):
+    """Begin, end and padding by other names, told by dicts as older saves do, nulls, a list of further tokens."""
+    tok = trained(special=("<s>", "</s>", "<pad>"))
+    tok.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "mask_token": None, "additional_special_tokens": ["<|user|>"]}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({
+        "bos_token": {"content": "<s>", "lstrip": False}, "eos_token": {"content": "</s>"}, "pad_token": "<pad>"}))
+    ours = open_tokenizer(str(tmp_path))
+    ours.save(tmp_path / "export")
+    for found in (ours, from_json(ours.to_json()), open_tokenizer(str(tmp_path / "export"))):
+        assert (found.bos_id, found.eos_id, found.pad_id) == (0, 1, 2)
+    config = json.loads((tmp_path / "export" / "tokenizer_config.json").read_text())
+    assert config["additional_special_tokens"] == ["<|user|>"] and "mask_token" not in config  # as transformers 4 reads it
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == ("<s>", "</s>", "<pad>")
+
+
+def test_a_damaged_file_is_one_line(tmp_path):
+    data = json.loads(trained().to_str())
+    data["model"]["continuing_subword_prefix"] = "##"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    try:
+        open_tokenizer(str(tmp_path))
+    except ValueError as e:
+        assert "\n" not in str(e)
