@@ -32,7 +32,8 @@ OF_THE_MOMENT = ("init_from", "out_dir", "overwrite", "device", "dtype", "compil
 NEWEST = HERE / "out" / ".newest"  # names the folder of the run that was saved last
 # What a run leaves in its folder.
 RUN_FILES = ("ckpt.pt", "ckpt-*.pt", "best", "adapter", "tensorboard", "results.json",
-             "metrics.jsonl", "loss.png", "answers.jsonl", "confusion.png", "predictions", "predictions_*.csv",
+             "metrics.jsonl", "loss.png", "answers.jsonl", "confusion.png", "predictions",
+             "predictions_*.csv",
              "generated_*.txt", "dev_*.txt")
 
 
@@ -107,8 +108,11 @@ def take_settings(script: dict):
         return
     for path in checkpoints(Path(script["out_dir"]))[:2]:
         with suppress(ValueError, TypeError, OSError):  # a damaged one is for open_run
-            old = load_torch(path).get("settings")
-            script.update({name: value for name, value in dict(old).items() if name in script
+            saved = load_torch(path)
+            old = dict(saved.get("settings"))
+            old |= {name: value for name, value in dict(saved.get("config")).items()
+                    if old.get(name) is not None}  # sizes that a pretrained model decided
+            script.update({name: value for name, value in old.items() if name in script
                            and name not in script["_given"] and name not in OF_THE_MOMENT})
             return
 
@@ -235,6 +239,8 @@ def save_best(out_dir: Path, model, tokenizer, **config):
     Each file is replaced whole; config.json, without which it is no model, comes last. config:
     further fields of it."""
     best = out_dir / "best"
+    if tokenizer.eos_id is not None and tokenizer.eos_id not in tokenizer.stop_ids:
+        tokenizer.stop_ids.append(tokenizer.eos_id)  # with it training closes its texts
     if not (best / "config.json").is_file():  # else the tokenizer is there, the same
         tokenizer.save(best, model_max_length=model.config.block_size)
     merge(model)

@@ -34,13 +34,16 @@ BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, 
 READ = {"int": int, "float": float, "bool": BOOLS.__getitem__, "str": str,
         "literal": ast.literal_eval}  # literal: anything, the kind of an unannotated None
 NANOGPT = {  # its settings, and what stands for them here
-    "max_iters": "max_steps", "warmup_iters": "warmup_steps", "eval_iters": "eval_tokens, which "
-    "counts tokens (its eval_iters x batch_size x block_size)", "min_lr": "min_lr_scale, a fraction "
-    "of learning_rate (its min_lr / learning_rate)", "lr_decay_iters": "max_steps, over which the "
-    "rate decays", "decay_lr": "lr_schedule (decay_lr=False is constant)",
-    "gradient_accumulation_steps": "total_batch_tokens (its gradient_accumulation_steps x batch_size"
-    " x block_size)", "always_save_checkpoint": "none: every evaluation saves", "backend": "none: it "
-    "is nccl on GPUs, gloo elsewhere", "wandb_log": "wandb_project, which is enough",
+    "max_iters": "max_steps", "warmup_iters": "warmup_steps",
+    "eval_iters": "eval_tokens, in tokens (its eval_iters x batch_size x block_size)",
+    "min_lr": "min_lr_scale, a fraction of learning_rate (its min_lr / learning_rate)",
+    "lr_decay_iters": "max_steps, over which the learning rate decays",
+    "decay_lr": "lr_schedule (decay_lr=False is constant)",
+    "gradient_accumulation_steps": "total_batch_tokens, in tokens (its "
+                                   "gradient_accumulation_steps x batch_size x block_size)",
+    "always_save_checkpoint": "none: every evaluation saves",
+    "backend": "none: it is nccl on GPUs, gloo elsewhere",
+    "wandb_log": "wandb_project, which is enough",
     "wandb_run_name": "out_dir, after which the run is named"}
 KINDS = {*READ, "list", "list[int]", "list[float]", "list[bool]", "list[str]"}
 

@@ -131,8 +131,8 @@ def describe_tokenizer(tok) -> dict:
         return {"Tokenizer": "none came with it: weights only"}
     said = {"Tokenizer": f"{tok.name}, {tok.vocab_size:,} ids"}
     if tok.eos_id is None:
-        said["Elsewhere"] = ("there is no end-of-text, so what needs one to stop or to pad does not "
-                             "work: lm_eval's generation tasks, TRL, llama.cpp, batches of texts")
+        said["Elsewhere"] = ("there is no end-of-text, so what needs one to stop or to pad does "
+                             "not work: lm_eval, TRL, llama.cpp, batches of texts")
     elif tok.name in ("char", "bytes"):
         said["Elsewhere"] = "llama.cpp has no tokenizer of this kind; transformers has"
     if tok.eos_id is not None and tok.pad_id == tok.eos_id:

@@ -149,11 +149,11 @@ def _write_split(folder, split, documents, tokenizer, shard_tokens, special):
 
 def describe(meta: dict) -> str:
     """The closing table of a prepare script."""
-    lines = ["split  documents        tokens     MB  bytes/token  seconds   tokens/s"]
+    lines = ["split  documents        tokens     MB  bytes/token  seconds    tokens/s"]
     for split, s in meta["splits"].items():
         lines.append(f"{split:5}{s['documents']:11,}{s['tokens']:14,}{s['bytes'] / 1e6:7.1f}"
                      f"{s['bytes'] / s['tokens']:13.2f}{s['seconds']:9.1f}"
-                     f"{s['tokens'] / max(s['seconds'], 0.01):11,.0f}")
+                     f"{s['tokens'] / max(s['seconds'], 0.01):12,.0f}")
     for split, s in meta["splits"].items():
         for token, count in s.get("special_tokens_as_text", {}).items():
             cut = f", --separator={shlex.quote(token)} cuts documents there"

@@ -204,9 +204,9 @@ def beam_search(model: GPT, idx, max_new_tokens: int, num_beams: int, length_pen
 
     By the rules of transformers' `generate(num_beams=…, early_stopping=False)`: a hypothesis ends
     at eos_id (one or several) or at max_new_tokens and scores (sum of log-probabilities) /
-    length**length_penalty, its length counted in new tokens; the search ends when no open beam scores better than the worst
-    of num_beams ended ones. Returns (sequences (B, T + n), scores (B,)), rows that ended early
-    filled with eos_id. ValueError for settings out of range.
+    length**length_penalty, its length counted in new tokens; the search ends when no open beam
+    scores better than the worst of num_beams ended ones. Returns (sequences (B, T + n), scores
+    (B,)), rows that ended early filled with eos_id. ValueError for settings out of range.
     """
     check_sampling(idx, max_new_tokens, 0.0)
     check_beams(model.config, num_beams, length_penalty)

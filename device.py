@@ -7,20 +7,22 @@ import os
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
 from ops import accelerate
 
 # Dense bfloat16 peak of chips in FLOP/s, from the makers' data sheets, by a part of the name that
 # torch.cuda.get_device_name gives. A chip that is not here has no MFU rather than a wrong one.
 PEAK_FLOPS = {
-    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12,
-    "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "A6000": 155e12,
+    "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "A6000": 155e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
     "V100": 125e12, "T4": 65e12,  # these two in float16: they have no bfloat16
 }
@@ -43,6 +45,9 @@ class Device:
             mps = torch.backends.mps.is_available() and self.world == 1  # gloo cannot reduce there
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         if device in ("cuda", "gpu"):
+            if self.world > 1 and "LOCAL_RANK" not in os.environ:  # else all would take one GPU
+                raise ValueError("LOCAL_RANK, which of a node's GPUs a rank takes, is not set; "
+                                 "torchrun sets it, or give --device=cuda:N")
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         try:
             self.device = torch.device(device)
@@ -84,7 +89,9 @@ class Device:
 
     def place(self, model, checkpoint_activations: bool = False):
         """The model on this device, made to train fast there, or in less memory."""
-        return accelerate(model.to(self.device), checkpoint_activations)
+        for block in model.transformer.h if checkpoint_activations else ():
+            block.forward = partial(checkpointed, block.forward)
+        return accelerate(model.to(self.device))
 
     def parallel(self, model, bfloat16: bool = False):
         """The model, in DDP where there are several ranks; bfloat16: the gradients are summed in
@@ -187,6 +194,14 @@ class Device:
             os._exit(0)
 
 
+def checkpointed(textbook, x, mask, layer, cache):
+    """A block of which only the input is kept: its backward pass runs it again (Chen et al. 2016,
+    "Training deep nets with sublinear memory cost")."""
+    if cache is not None or not torch.is_grad_enabled():
+        return textbook(x, mask, layer, cache)
+    return checkpoint(textbook, x, mask, layer, cache, use_reentrant=False)
+
+
 def to_device(tensor, device):
     """A tensor of the CPU on a device; a copy to a GPU goes on in the background."""
     if torch.device(device).type == "cuda":
@@ -203,6 +218,9 @@ def check_launch(environ):
         if missing:
             raise ValueError(f"WORLD_SIZE={environ['WORLD_SIZE']} is in the environment, but not "
                              f"{' and '.join(missing)}; {start}, or unset WORLD_SIZE for one rank")
+    elif environ.get("RANK", "0") not in ("", "0"):
+        raise ValueError(f"RANK={environ['RANK']} is in the environment, but no WORLD_SIZE; {start}"
+                         ", or unset RANK")
     elif "RANK" not in environ:
         for key in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
             if environ.get(key, "1") not in ("", "1"):

@@ -203,8 +203,8 @@ def main():
     parameters = model.num_params()  # fewer after prepare(), whose layers hold no parameters
     model = prepare(model.to(env.device))
 
-    endings = {"real endings": [[*tok.encode(ending, whole=False).tolist(), tok.eos_id][:max_new_tokens]
-                                for _, ending in pairs]}
+    real = [[*tok.encode(ending, whole=False).tolist(), tok.eos_id] for _, ending in pairs]
+    endings = {"real endings": [ending[:max_new_tokens] for ending in real]}
     with tqdm(total=num_prompts * len(strategies), unit=" stories", disable=None) as bar:
         for strategy, options in strategies.items():
             bar.set_description(strategy)

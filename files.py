@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent  # where the scripts, data/, config/ and weights/ lie
+UNREACHABLE = set()  # names that the hub could not be asked for: once is enough, it takes long
 
 
 @contextmanager
@@ -78,16 +79,20 @@ def hub_file(name: str, file: str, revision: str | None = None):
         try:
             return Path(hf_hub_download(name, file, revision=revision, local_files_only=True))
         except errors.LocalEntryNotFoundError:
+            if name in UNREACHABLE:
+                raise
             return Path(hf_hub_download(name, file, revision=revision))
     except errors.HFValidationError:
         raise ValueError(f"no folder {name}, and it is not a hub name") from None
     except errors.LocalEntryNotFoundError:
+        UNREACHABLE.add(name)
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
         if file != "config.json" and isinstance(cached, str):
             return None  # offline: the repository is there, this file of it is not
         raise ValueError(f"{name} is no folder, not in the hub's local cache, and the hub cannot "
                          f"be reached; download it where there is a network (hf download {name} "
-                         "--local-dir FOLDER) and give that FOLDER") from None
+                         "--local-dir FOLDER) and give that FOLDER, or take the small model that came "
+                         "with the code, weights") from None
     except errors.EntryNotFoundError:
         return None
     except errors.RepositoryNotFoundError:

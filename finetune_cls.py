@@ -398,7 +398,9 @@ def measures(logits, labels) -> dict:
 def show(found: dict, names: list[str]) -> str:
     """The measures of all texts, of each class's, and the confusion matrix."""
     width = max(6, *map(len, names)) + 1
-    lines = [", ".join(f"{key} {found[key]:.4f}" for key in ("accuracy", "macro_f1", "loss")),
+    support = found["support"]
+    lines = [", ".join(f"{key} {found[key]:.4f}" for key in ("accuracy", "macro_f1", "loss"))
+             + f"; always {names[np.argmax(support)]}: {max(support) / sum(support):.4f}",
              f"{'class':>{width}} precision recall    F1   predicted:"
              + "".join(f"{name:>{width}}" for name in names)]
     for k, name in enumerate(names):
@@ -526,7 +528,8 @@ def main():
     max_steps = epochs * per_epoch
     env.say(f"{base}: {parameters:,} parameters, {mode} trains {trained_parameters:,}; "
             f"{env.name()}, {str(env.dtype).removeprefix('torch.')}\nclasses: {', '.join(names)}; "
-            f"{epochs} epochs, {max_steps:,} steps of {batch_size} texts ({parts} micro-batches)")
+            f"epochs: {epochs}, {max_steps:,} steps of {batch_size} texts"
+            + (f" in {parts} micro-batches" if parts > 1 else ""))
 
     # ---- the run ----
     update = build_optimizer(net, optimizer, learning_rate, weight_decay, (0.9, 0.999),

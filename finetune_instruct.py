@@ -284,6 +284,7 @@ def table(rows: list[dict]) -> str:
 def main():
     take_settings(globals())
     settings, env, out = begin(globals(), FROM_ONE, CHOICES)
+    quoted = shlex.quote(str(out))
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
     checkpoint = open_run(env, out, settings, FIXED, before=float, base=str, template=str, data=str)
 
@@ -319,7 +320,7 @@ def main():
     env.say(f"{base}: {parameters:,} parameters, {trained / parameters:.2%} trained ({mode}); "
             f"{env.name()}, {str(env.dtype).removeprefix('torch.')}\n"
             f"{len(train):,}/{len(dev):,}/{len(test):,} records for training/dev/test, {cuts} "
-            f"prompts cut to fit; {epochs} epochs, {max_steps:,} steps")
+            f"prompts cut to fit; epochs: {epochs}, {max_steps:,} steps")
 
     # ---- the run ----
     net = AnswerLoss(raw_model)
@@ -328,7 +329,7 @@ def main():
               eval_interval or max_steps // epochs, checkpoint)
     if run.step >= max_steps and (out / "results.json").is_file():
         env.say(f"{out} is finished: {run.step} steps, best dev loss {run.best[0]:.4f}; see "
-                f"{out / 'results.json'}, or: python sample.py --init_from={shlex.quote(str(out))} --instruct …")
+                f"{out / 'results.json'}, or: python sample.py --init_from={quoted} --instruct …")
         return env.close()
     before = evaluate(net, test, env) if checkpoint is None else checkpoint["before"]
     del checkpoint
@@ -388,7 +389,7 @@ def main():
             print(table(answered[:num_answers]))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
         print(f"{run.step:,} steps in {run.elapsed_s:.0f} s; {len(test):,} test answers: {shown}\n"
-              f"all: {out / 'answers.jsonl'}; ask: python sample.py --init_from={shlex.quote(str(out))} --instruct …")
+              f"all: {out / 'answers.jsonl'}; ask: python sample.py --init_from={quoted} --instruct …")
     env.close()
 
 

@@ -36,7 +36,7 @@ FIXED = {"n_inner": None, "layer_norm_epsilon": 1e-5, "scale_attn_weights": True
          "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
          "add_cross_attention": False}
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by Hugging Face
-PREFIX = re.compile(r"((module|_orig_mod|model)\.)+")  # of DDP's, the compiler's and loops' own names
+PREFIX = re.compile(r"((module|_orig_mod|model)\.)+")  # of DDP, the compiler and other loops
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # buffers of old files, not parameters
 WITHOUT_BIAS = re.compile(r"\.(ln_\w|c_\w+)\.weight$")  # of a network with bias=False
 UNUSED_BIAS = re.compile(r"\.(ln_\w|c_\w+)\.bias$")  # which transformers' modules have, at zero
@@ -101,12 +101,12 @@ def read_pretrained(name, revision=None):
         if "talegpt" not in hf and CONV1D.search(key) and len(shape) == 2:
             shape, read = shape[::-1], lambda read=read: read().t()  # a view: nothing is moved
         ours[key] = (shape, read)
-    wte, head = (ours.get(key, (None, None)) for key in ("transformer.wte.weight", "lm_head.weight"))
-    if config["tie_word_embeddings"] and head[1]:  # tied only where it is the same
-        if wte[0] == head[0] and torch.equal(wte[1](), head[1]()):
+    if config["tie_word_embeddings"] and "lm_head.weight" in ours:  # tied where it is the same
+        (shape, wte), (head_shape, head) = (ours.get(f"{name}.weight", ((), None))
+                                            for name in ("transformer.wte", "lm_head"))
+        config["tie_word_embeddings"] = shape == head_shape and torch.equal(wte(), head())
+        if config["tie_word_embeddings"]:
             del ours["lm_head.weight"]
-        else:
-            config["tie_word_embeddings"] = False
     return config, ours
 
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 THRESHOLDS = {  # where each part begins to pay; the tests set them to 0
     "product": 2**27,  # multiplications of a matrix product that goes to oneDNN
@@ -234,20 +233,8 @@ def loss(model, textbook, x, targets):
 
 # ---- all of it ----
 
-def checkpointed(textbook, x, mask, layer, cache):
-    """A block of which only the input is kept: its backward pass runs it again (Chen et al. 2016,
-    "Training deep nets with sublinear memory cost")."""
-    if cache is not None or not torch.is_grad_enabled():
-        return textbook(x, mask, layer, cache)
-    return checkpoint(textbook, x, mask, layer, cache, use_reentrant=False)
-
-
-def accelerate(model, checkpoint_activations: bool = False):
-    """Makes a GPT train faster on the device that it is on, or in less memory, in place; returns
-    it."""
-    if checkpoint_activations:
-        for block in model.transformer.h:
-            block.forward = partial(checkpointed, block.forward)
+def accelerate(model):
+    """Makes a GPT train faster on the device that it is on, in place; returns it."""
     wte = model.transformer.wte
     tied = model.config.tie_word_embeddings and type(wte) is nn.Embedding
     if tied:  # in vars: it is no module, state_dict stays as it is

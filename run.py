@@ -280,7 +280,8 @@ class Run:
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.env.scaler.state_dict(), "best_loss": best,
                 "settings": self.settings, "command": self.command,
-                "wandb_id": self.wandb and self.wandb.id, **{key: getattr(self, key) for key in COUNTS}, **more},
+                "wandb_id": self.wandb and self.wandb.id,
+                **{key: getattr(self, key) for key in COUNTS}, **more},
                 self.settings.get("keep_checkpoints", 1), self.last_saved)
             self.metrics.plot()
         self.last_saved = self.step
@@ -451,10 +452,10 @@ class Metrics:
 
 
 @contextmanager
-def figure(png, size=(7, 4.2), rows: int = 1):
-    """Axes to draw on, rows of them, in inches; at the end they are written to a PNG file."""
+def figure(png, size=(7, 4.2), rows: int = 1, columns: int = 1):
+    """Axes to draw on, in rows and columns; size in inches. At the end they are written to a PNG."""
     from matplotlib.figure import Figure
     fig = Figure(size, dpi=110, layout="constrained")
-    yield fig.subplots(rows, sharex=True)
+    yield fig.subplots(rows, columns, sharex="col", sharey="row")
     with replacing(png) as tmp:
         fig.savefig(tmp, format="png")

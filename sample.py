@@ -79,7 +79,8 @@ def write(model, tok, text: str, number: int, template: str | None = None):
                torch.Generator().manual_seed(seed + number))
     clock, count = time.perf_counter(), 0
     if num_beams > 1:
-        ids, scores = beam_search(model, idx, max_new_tokens, num_beams, length_penalty, tok.stop_ids)
+        ids, scores = beam_search(model, idx, max_new_tokens, num_beams, length_penalty,
+                                  tok.stop_ids)
         count = ids.size(1) - idx.size(1)
         new = [i for i in ids[0, idx.size(1):].tolist() if i not in tok.stop_ids]
         print(f"{prompt}{tok.decode(new)}\n(score {scores[0].item():.4f})")

@@ -27,7 +27,8 @@ from files import HERE, read_text, write_text
 from foreign import BYTE_LEVEL, EOT, content_of
 from text import find_files, normalize, read_documents, sha256
 
-input: list[str] = []  # train: .txt or .jsonl[.gz|.xz] with a `text` field, or .parquet
+input: list[str] = []  # train: files or globs, as of prepare_text.py
+column = "text"  # train and compare: of a table
 vocab_size = 4096  # train: ids in all, special tokens included, 257 to 65536
 special_tokens: list[str] = []  # train: further special tokens, after <|endoftext|>
 lowercase = False  # train: on lower-cased text, as prepare_text.py --lowercase writes it
@@ -424,8 +425,8 @@ def from_definition(data: dict, config: dict | None = None) -> Tokenizer:
     merges = model.get("merges", [])
     special = {token["content"]: token["id"] for token in added}
     if model.get("dropout"):
-        raise ValueError(f"its dropout of merges, {model['dropout']}, would encode a text each time "
-                         "otherwise; it must be null")
+        raise ValueError(f"its dropout of merges, {model['dropout']}, would encode a text "
+                         "otherwise each time; it must be null")
     another = (
         name is None or model.get("type", "BPE") != "BPE" or (merges and name != "bpe")
         or any(model.get(key) for key in ("byte_fallback", "ignore_merges", "end_of_word_suffix",
@@ -484,7 +485,7 @@ def train(*words):
     if words or not input:
         raise ValueError("train needs its files as --input FILE …")
     texts = (normalize(text) if lowercase else text
-             for path in find_files(input) for text in read_documents(path))
+             for path in find_files(input) for text in read_documents(path, None, column))
     trained = train_bpe(tqdm(texts, unit=" documents", disable=None), vocab_size, special_tokens)
     if out.endswith(".json"):
         write_text(out, trained.to_json())
@@ -504,7 +505,7 @@ def show(*words):
 
 
 def compare(*files):
-    texts = [text for path in find_files(files) for text in read_documents(path)]
+    texts = [text for path in find_files(files) for text in read_documents(path, None, column)]
     size = sum(len(text.encode()) for text in texts)
     if not size:
         raise ValueError("no text to compare: python tokenizer.py compare FILE …")

@@ -219,6 +219,8 @@ def take_what_is_there(script: dict):
     check_settings(init_from, theirs, script, given)
     if "block_size" not in script["_given"]:
         script["block_size"] = min(block_size, theirs["block_size"])
+    script.update({name: theirs[name] for name in network_settings(script)
+                   if name not in ("block_size", "dropout")})
 
 
 def resumed_model(checkpoint: dict, settings: dict, data) -> GPT:
@@ -316,7 +318,8 @@ def main():
 
     # ---- batches ----
     order = WindowOrder(data.train.tokens, block_size, seed)
-    per_update = accumulation * env.world * batch_size * block_size
+    one = batch_size * block_size  # tokens of a micro-batch
+    per_update = accumulation * env.world * one
     fetcher = ThreadPoolExecutor(1)
 
     def batch(first):
@@ -335,8 +338,9 @@ def main():
     say(f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
         f"{block_size}, vocabulary {config.vocab_size:,} ({tokenizer.name}): "
         f"{raw_model.num_params():,} parameters")
+    parts = f"{accumulation * env.world} micro-batches of " if per_update > one else ""
     say(f"{data.train.tokens:,} training tokens; {max_steps:,} steps of {per_update:,} tokens "
-        f"({accumulation} x {env.world} micro-batches of {batch_size} x {block_size}), "
+        f"({parts}{batch_size} x {block_size}), "
         f"{max_steps * per_update / data.train.tokens:.2f} epochs; {env.name()}, "
         f"{str(env.dtype).removeprefix('torch.')}")
     model = raw_model.train()
@@ -378,7 +382,8 @@ def main():
     if env.rank == 0 and not run.stopped:
         print(f"{run.metrics.sketch()}\ndone: {run.step:,} steps, {run.tokens:,} tokens, "
               f"{duration(run.elapsed_s)} of training, best validation loss {run.best[0]:.4f}\n"
-              f"loss curve: {out / 'loss.png'}; text: python sample.py --init_from={shlex.quote(str(out))}")
+              f"loss curve: {out / 'loss.png'}\n"
+              f"text: python sample.py --init_from={shlex.quote(str(out))}")
     env.sum(0)  # rank 0 may still be writing
     env.close()
 

@@ -9,7 +9,7 @@
 instruction-data.json: the 1,100 Alpaca-style records of S. Raschka's "Build a Large Language Model
 (From Scratch)", in its repository rasbt/LLMs-from-scratch. Most of their words are rare in the
 children's stories of the base model: full fine-tuning trains the embeddings, too, which adapters
-do not; see README for the difference.
+do not; docs/benchmarks.md has the difference.
 """
 
 out_dir = "out/finetune_instruct"

@@ -1,7 +1,7 @@
 """The model in weights/: a small GPT-2 on TinyStories, about 40 minutes on one core.
 
     python prepare_tinystories.py --name=tinystories_4k --tokenizer=weights/tokenizer.json \
-        --limit=20000    # from the hub; README has the command for local files
+        --limit=20000    # from the hub; docs/tinystories.md has it for local files
     OMP_NUM_THREADS=1 python train.py config/tinystories_box.py --dtype=bfloat16
 
 It is config/tinystories_cpu.py with the largest width whose float16 weights fit into 9 MB, and 2.4

@@ -1,10 +1,10 @@
 """A small GPT-2 on TinyStories for a machine without a GPU: about 10 minutes on 2 cores.
 
     python prepare_tinystories.py --name=tinystories_4k --tokenizer=weights/tokenizer.json \
-        --limit=20000    # from the hub; README has the command for local files
+        --limit=20000    # from the hub; docs/tinystories.md has it for local files
     python train.py config/tinystories_cpu.py
 
-README has its loss, with 19,837 stories for training and 7,002 for validation.
+docs/tinystories.md has its loss, with 19,837 stories for training and 7,002 for validation.
 """
 
 # First what the small recipes share: Muon, its learning rates and their schedule, GELU.

@@ -391,3 +391,18 @@ def test_any_arguments_set_declared_types_or_fail_in_one_line(folder, code, argv
     assert {type(v) for v in space["sizes"]} <= {int}
     assert {type(v) for v in space["rates"]} <= {float}
     assert {type(v) for v in space["names"] or []} <= {str}
+
+
+def test_what_people_type(tmp_path, monkeypatch, conf):
+    """A home folder after a `=`, a config without its .py, nanoGPT's names, and which settings were given."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "x.py").write_text("steps = 10\nrate = 0.5\n")  # the first is the default
+    found, _ = conf("config/x", "--start=~/a b", "--input", "~/x", "~y")
+    assert (found["start"], found["input"]) == ("/home/me/a b", ["/home/me/x", "~y"])
+    assert found["rate"] == 0.5 and found["_given"] == {"steps", "rate", "start", "input"}
+    for name, told in (("eval_iters", "eval_tokens, in tokens"), ("min_lr", "min_lr_scale, a fraction of learning_rate"),
+                       ("gradient_accumulation_steps", "total_batch_tokens")):
+        with pytest.raises(ValueError, match=f"--{name} is nanoGPT's; here it is {told}"):
+            conf(f"--{name}=3")

@@ -48,9 +48,11 @@ def test_export_of_a_run_loads_in_transformers(tmp_path):
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
     model, ours = load_model(tmp_path / "export")
-    x = tokenizer("the cat\n", return_tensors="pt")["input_ids"]
+    inputs = tokenizer("the cat\n", return_tensors="pt")
+    x = inputs["input_ids"]
     assert x[0].tolist() == ours.encode("the cat\n").tolist()
-    assert (hf(x).logits - model(x)[0]).abs().max() < 1e-5
+    assert inputs.keys() == {"input_ids", "attention_mask"}  # else GPT-2 adds token_type_ids, too
+    assert (hf(**inputs).logits - model(x)[0]).abs().max() < 1e-5
     card = (tmp_path / "export" / "README.md").read_text()
     assert "license: mit" in card and "2 steps, 64 tokens" in card and "bits per byte" in card
     assert "- **Data**: cats, CC0\n" in card and "- **Use**: none: a test\n" in card

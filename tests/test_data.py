@@ -10,9 +10,11 @@ import os
 import resource
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import HERE
 
 import bpe
 from data import Data, Split, WindowOrder, write_data
@@ -500,3 +502,18 @@ def test_replacing_keeps_the_old_file_on_failure(tmp_path):
     with replacing(file) as tmp:
         tmp.write_text("new")
     assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+def test_names_of_data_sets(tmp_path, monkeypatch):
+    """data/NAME is beside the scripts wherever one stands, a slash may end a name, a path stays one."""
+    from data import data_folder
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    home = HERE / "data" / "shakespeare"
+    for name in ("shakespeare", "shakespeare/", "data/shakespeare", "data/shakespeare/"):
+        assert data_folder(name) == home
+    assert data_folder("mine/") == Path("mine") and data_folder("a/b") == Path("a/b")
+    assert data_folder("mine") == HERE / "data" / "mine"
+    for name in ("", ".", "/", "../"):
+        with pytest.raises(ValueError, match="does not name a data set"):
+            data_folder(name)

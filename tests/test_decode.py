@@ -213,12 +213,14 @@ def test_sample_script(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     assert "Once" in write("--start", "Once") and "tokens/s" in write()
+    assert "one\ntwo" in write("--start", "one\\ntwo")
     assert "from a file" in write(f"--start=FILE:{tmp_path}/prompt.txt")
     assert "--- 2\nOnce" in write("--start=Once", "--num_samples=2")
     assert "score" in write("--num_beams=3", "--quantize=int8")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\n\xff\ntwo\n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\n\xff\ntwo\nquit\nthree\n")))
     text = write("--interactive", "--start=zero")
     assert text.count("tokens/s") == 4 and "zero" in text and "one" in text and "error: " in text
+    assert "three" not in text
     for flag, word in (("--temperature=-1", "temperature"), ("--top_p=2", "top_p"),
                        ("--top_k=-1", "top_k"), ("--max_new_tokens=0", "max_new_tokens"),
                        ("--num_beams=0", "num_beams"), ("--quantize=int4", "int4"),

@@ -479,9 +479,7 @@ def second(at: Path, data: str, whole: Path):
                        (["--activation=gelu"], "activation"), (["--optimizer=muon"], "optimizer"),
                        (["--tie_word_embeddings=False"], "tie_word_embeddings")):
         note("resumed with another architecture", refused(out, data, *goes_on, *argv, word=word))
-    source, copy = Path(data.partition("=")[2]), at / "other"
-    shutil.copytree(source, copy)
-    note("resumed with other data", refused(out, f"--dataset={copy}", *goes_on, word="dataset="))
+    source = Path(data.partition("=")[2])
     text = Data(f"{source}/").tokenizer().decode(
         Data(f"{source}/").train.rows([0], Data(f"{source}/").train.tokens)[0])
     for alphabet, words, splits in (

@@ -35,7 +35,7 @@ import device
 import sample
 import train
 from checkpoint import restore, save_checkpoint
-from configurator import configure, find_settings
+from configurator import configure
 from data import Data, write_data
 from device import Device
 from hf import load_torch
@@ -385,7 +385,8 @@ def test_several_ranks_take_no_mps(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)  # it need not be, here
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "x"),
+                        ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     assert Device().type == "cpu"
 
@@ -643,20 +644,6 @@ def test_every_config_parses(config):
     configure(dict(vars(importlib.import_module(name))), [config])
 
 
-def test_every_readme_command_has_flags_and_files_that_exist():
-    text = (HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    blocks = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL))
-    lines = [line for line in blocks.splitlines() if re.search(r"\b\w+\.py\b", line)]
-    assert len(lines) > 5
-    for line in lines:
-        command = re.search(r"(?<![/\w])(\w+)\.py\b([^#]*)", line)
-        settings = find_settings(vars(importlib.import_module(command[1])))
-        for flag in re.findall(r"\s--([\w-]+)", command[2]):
-            assert flag.replace("-", "_") in settings, line
-        for config in re.findall(r"config/\w+\.py", line):
-            assert (HERE / config).is_file(), line
-
-
 def test_scripts_do_nothing_on_import():
     names = [p.stem for p in HERE.glob("*.py") if not p.stem.startswith("test_")]
     text = python("-c", f"import sys; sys.argv = ['x', '--junk']; import {', '.join(names)}")
@@ -716,6 +703,8 @@ def test_sizes_that_a_pretrained_model_decides(shared, tmp_path, capsys):
         run_train(*start, "--block_size=99")
     run_train(*start)  # its own context
     assert load_torch(tmp_path / "b" / "ckpt.pt")["config"]["block_size"] == 16
+    run_train("--init_from=resume", f"--out_dir={tmp_path}/b", "--max_steps=2", "--device=cpu")
+    assert load_torch(tmp_path / "b" / "ckpt.pt")["step"] == 2
 
 
 def test_the_newest_run_is_found_wherever_it_lies(shared, tmp_path, monkeypatch, capsys):
@@ -739,8 +728,9 @@ def test_a_model_that_is_nearly_named_is_not_sought_on_the_hub(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("environ, told", [
-    ({"WORLD_SIZE": "2"}, "but not RANK and MASTER_ADDR and MASTER_PORT; start all ranks by torchrun"),
+    ({"WORLD_SIZE": "2"}, "not RANK and MASTER_ADDR and MASTER_PORT; start all ranks by torchrun"),
     ({"WORLD_SIZE": "2", "RANK": "1"}, "not MASTER_ADDR and MASTER_PORT"),
+    ({"RANK": "1"}, "RANK=1 is in the environment, but no WORLD_SIZE"),
     ({"SLURM_NTASKS": "2"}, r"a scheduler started 2 tasks \(SLURM_NTASKS\)"),
     ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE")])
 def test_half_a_launch_is_refused(environ, told):
