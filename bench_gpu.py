@@ -357,8 +357,9 @@ def instruction() -> dict:
 def race() -> dict:
     """Loss against seconds of config/tinystories_fast.py's recipe, in as many updates as `seconds`
     are enough for."""
-    rate = kept().get(f"step-muon-{batch[-1]}", {}).get("tokens_per_s", 400_000)
-    steps = max(4, int(seconds * rate / total_batch_tokens))
+    name = f"step-muon-{batch[-1]}"
+    speed = kept().get(name) or json.loads(python(__file__, name, *sys.argv[2:])[-1][1])
+    steps = max(4, int(seconds * speed["tokens_per_s"] / total_batch_tokens))
     script("train.py", "race", dataset(), *network(),
            f"--batch_size={batch[-1]}", f"--total_batch_tokens={total_batch_tokens}",
            f"--max_steps={steps}", f"--warmup_steps={min(20, steps // 4)}", "--sample_tokens=0",

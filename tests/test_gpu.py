@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 import decode
 import finetune_cls
 import finetune_instruct
-import ops
 import sonnet
 import train
 from data import write_data
@@ -250,8 +249,9 @@ def test_texts_of_a_graph_are_those_of_plain_steps(gpu):
 
 def step_bytes(checkpoint_activations: bool) -> int:
     """The most bytes of a forward and backward pass, with the weights, in float32."""
-    model = GPT(GPTConfig(256, 8000, 6, 4, 256)).to("meta")
-    ops.accelerate(model, checkpoint_activations)
+    env = Device("cpu", "float32")
+    env.device = torch.device("meta")
+    model = env.place(GPT(GPTConfig(256, 8000, 6, 4, 256)), checkpoint_activations)
     x = torch.zeros(8, 256, dtype=torch.long, device="meta")
     with Watch() as watch:
         model(x, x)[1].backward()
