@@ -1,10 +1,11 @@
 # make run: the quick start. make test: everything the tests need, then the tests. make faults: what
 # kills, full disks and damaged files do to a run, some minutes. make interop: what other programs
 # make of our exports, each installed in .venv-interop/ (5 GB). make report: docs/report.pdf.
+# make gpu: what a GPU makes of it, with ARGS="--peer=../nanoGPT" or others of bench_gpu.py.
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: run test faults interop report clean
+.PHONY: run test faults interop gpu report clean
 
 run: .venv/installed
 	@test -f data/shakespeare/meta.json || $(PY) prepare_text.py
@@ -20,6 +21,9 @@ faults: .venv/installed-dev
 
 interop: .venv/installed-dev
 	$(PY) tests/interop.py
+
+gpu:  # with what is there: such a machine may have no network
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) bench_gpu.py $(ARGS)
 
 report: .venv/installed
 	$(PY) -m pip install --quiet -r requirements-docs.txt
