@@ -593,7 +593,8 @@ def main():
         for part in run.micro_batches(model, accumulation):
             mine = batch[part::parts]
             texts = mine if len(mine) else batch[:1]  # a rank without a text still takes part
-            inputs = [cached["train"][texts]] if cached else collate(
+            numbers = to_device(torch.from_numpy(texts), env.device)
+            inputs = [cached["train"][numbers]] if cached else collate(
                 [rows["train"][i] for i in texts], env.device)
             labels = to_device(targets["train"][texts], env.device)
             with env.autocast():

@@ -234,14 +234,11 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, eos_id: int | list | None = None,
                  generator: torch.Generator | None = None, attention_mask=None):
-        """Continues the prompts idx (B, T); returns (B, T + n), n <= max_new_tokens.
-
-        temperature 0 is greedy. top_k keeps the k most likely tokens, then top_p the fewest whose
-        probability reaches p (Holtzman et al. 2020). A row ends at eos_id (or one of several) and
-        is filled with it. Shorter prompts are left-padded, with 0 in attention_mask (B, T). Each
-        row draws its own numbers, seeded from `generator` (None: torch's). ValueError for a setting
-        out of range.
-        """
+        """Continues the prompts idx (B, T); returns (B, T + n), n <= max_new_tokens. temperature 0
+        is greedy; top_k keeps the k most likely tokens, then top_p the fewest whose probability
+        reaches p (Holtzman et al. 2020). A row ends at eos_id (or one of several), which fills it
+        up. Shorter prompts are left-padded, with 0 in attention_mask (B, T). Each row draws its own
+        numbers, seeded from `generator` (None: torch's). ValueError for a setting out of range."""
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, eos_id, generator,
                              attention_mask)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)

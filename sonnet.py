@@ -32,7 +32,7 @@ from checkpoint import (
 from configurator import run as run_script
 from data import digest
 from decode import beam_search, check_beams, left_padded, prepare
-from device import begin
+from device import begin, to_device
 from files import read_text, write_text
 from lora import set_trainable
 from model import GPT, GPTConfig, check_sampling
@@ -149,7 +149,8 @@ def encode(poems: dict[int, str], tok, T: int, whole: bool = True) -> list[list[
 def collate(rows, device):
     """(ids, targets), both (B, T), padded on the right (targets with -100): that needs no mask."""
     T = max(map(len, rows))
-    padded = torch.tensor([row + [-100] * (T - len(row)) for row in rows], device=device)
+    padded = torch.tensor([row + [-100] * (T - len(row)) for row in rows])
+    padded = to_device(padded, device)
     return padded[:, :-1].clamp(min=0), padded[:, 1:]
 
 
@@ -334,7 +335,7 @@ def main():
         order = np.random.default_rng((seed, epoch + 1)).permutation(len(rows))
         batch = np.array_split(order, per_epoch)[number]
         ids, targets = collate([rows[i] for i in batch], env.device)
-        n = int((targets >= 0).sum())
+        n = sum(len(rows[i]) - 1 for i in batch)  # the first of a poem is not predicted
         run.backward(model(ids, targets)[1] * n, n)
         run.update(n)
         run.log(**(evaluate_and_keep(epoch + 1) if run.evaluates else {}))
