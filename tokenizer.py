@@ -397,7 +397,10 @@ def _from_nanogpt(raw):
             raise ValueError(f"the pickle wants to run {module}.{name}: refused")
 
     meta = Plain(io.BytesIO(raw)).load()
-    if "itos" not in meta and "stoi" not in meta:
+    alone = "itos" not in meta and "stoi" not in meta
+    if alone and meta.get("vocab_size") in (50257, 50304):  # GPT-2's, perhaps padded
+        return open_tokenizer("gpt2")
+    if alone:
         ids = {f"<{i}>": i for i in range(int(meta["vocab_size"]))}
     else:
         words = meta.get("itos") or {i: word for word, i in meta["stoi"].items()}

@@ -227,6 +227,11 @@ def test_other_vocabularies_of_nanogpt(tmp_path, meta, ids, text):
             tok.encode("unknown")
 
 
+def test_gpt2s_number_of_ids_alone_is_gpt2s_vocabulary(tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50257}))
+    assert open_tokenizer(tmp_path / "meta.pkl").name == "gpt2"
+
+
 def test_what_cannot_be_converted(tmp_path):
     torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
     for argv, word in (([], "--input"),
