@@ -27,8 +27,9 @@ FIELDS = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "set
 OLDER = {"skipped": 0, "loss_sum": 0.0, "counted": 0}  # which older checkpoints lack
 # Settings that a resumed run does not take from its checkpoint.
 OF_THE_MOMENT = ("init_from", "out_dir", "overwrite", "device", "dtype", "compile", "verify",
-                 "eval_only", "quantize", "log_interval", "sample_tokens", "wandb_project",
-                 "tensorboard", "keep_checkpoints", "max_skipped", "predict", "predict_file")
+                 "checkpoint_activations", "bfloat16_gradients", "eval_only", "quantize",
+                 "log_interval", "sample_tokens", "wandb_project", "tensorboard",
+                 "keep_checkpoints", "max_skipped", "predict", "predict_file")
 NEWEST = HERE / "out" / ".newest"  # names the folder of the run that was saved last
 # What a run leaves in its folder.
 RUN_FILES = ("ckpt.pt", "ckpt-*.pt", "best", "adapter", "tensorboard", "results.json",
@@ -210,8 +211,6 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type) -> dict | No
         check_settings(checkpoint["path"], checkpoint["settings"], settings, fixed,
                        checkpoint.get("command"))
         return checkpoint
-    if init_from == "resume":
-        raise ValueError(f"no {out / 'ckpt.pt'} to resume from; start without --init_from=resume")
     kinds = ("ckpt*.pt", "results.json", "best/config.json")  # what is worth keeping
     found = sorted({path.relative_to(out).parts[0] for kind in kinds for path in out.glob(kind)})
     if found and not overwrite:
@@ -237,15 +236,15 @@ def replace_run(out: Path):
         whole.rmdir()
 
 
-def save_best(out_dir: Path, model, tokenizer, **config):
+def save_best(out_dir: Path, model, tokenizer, files: dict | None = None, **config):
     """Puts a model, its adapters merged, and its tokenizer into OUT/best as a Hugging Face folder.
     Each file is replaced whole; config.json, without which it is no model, comes last. config:
-    further fields of it."""
+    further fields of it; files: options of the tokenizer's `save`."""
     best = out_dir / "best"
     if tokenizer.eos_id is not None and tokenizer.eos_id not in tokenizer.stop_ids:
         tokenizer.stop_ids.append(tokenizer.eos_id)  # with it training closes its texts
     if not (best / "config.json").is_file():  # else the tokenizer is there, the same
-        tokenizer.save(best, model_max_length=model.config.block_size)
+        tokenizer.save(best, **{"model_max_length": model.config.block_size} | (files or {}))
     merge(model)
     model.save_pretrained(best, **tokenizer.model_ids() | config)
     unmerge(model)

@@ -156,7 +156,7 @@ def describe(meta: dict) -> str:
                      f"{s['tokens'] / max(s['seconds'], 0.01):12,.0f}")
     several = any(s["documents"] > 1 for s in meta["splits"].values())
     if meta["eos_id"] is None and meta["tokenizer"] != "char" and several:
-        lines.append("note: the tokenizer names no end-of-text, so the documents run into each other")
+        lines.append("note: the tokenizer names no end-of-text, so documents run into each other")
     for split, s in meta["splits"].items():
         for token, count in s.get("special_tokens_as_text", {}).items():
             cut = f", --separator={shlex.quote(token)} cuts documents there"

@@ -22,7 +22,8 @@ from ops import accelerate
 # torch.cuda.get_device_name gives. A chip that is not here has no MFU rather than a wrong one.
 PEAK_FLOPS = {
     "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-    "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "A6000": 155e12,
+    "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A10G": 70e12,
+    "A10": 125e12, "A6000": 155e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
     "V100": 125e12, "T4": 65e12,  # these two in float16: they have no bfloat16
 }

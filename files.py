@@ -91,8 +91,8 @@ def hub_file(name: str, file: str, revision: str | None = None):
             return None  # offline: the repository is there, this file of it is not
         raise ValueError(f"{name} is no folder, not in the hub's local cache, and the hub cannot "
                          f"be reached; download it where there is a network (hf download {name} "
-                         "--local-dir FOLDER) and give that FOLDER, or take the small model that came "
-                         "with the code, weights") from None
+                         "--local-dir FOLDER) and give that FOLDER, or take the small model "
+                         "that came with the code, weights") from None
     except errors.EntryNotFoundError:
         return None
     except errors.RepositoryNotFoundError:

@@ -305,11 +305,12 @@ def read_config(name: str) -> tuple[dict, list[str]]:
     """config.json of a model on this machine, {} without one, and the classes in it, in order."""
     file = local_folder(name) / "config.json"
     config = read_json(file) if file.is_file() else {}
-    labels = config.get("id2label")
-    if labels is None and "ForSequenceClassification" in str(config.get("architectures")):
-        names = range(config.get("num_labels", 2))  # which transformers does not write down
-        labels = {number: f"LABEL_{number}" for number in names}
-    return config, [labels[number] for number in sorted(labels or {}, key=int)]
+    architectures = str(config.get("architectures"))
+    if "finetune_cls" not in config and "ForSequenceClassification" not in architectures:
+        return config, []  # a language model, whose id2label, if any, says nothing
+    names = range(config.get("num_labels", 2))  # which transformers does not write down
+    labels = config.get("id2label") or {number: f"LABEL_{number}" for number in names}
+    return config, [labels[number] for number in sorted(labels, key=int)]
 
 
 def load(name: str, names: list[str], env) -> tuple:
@@ -354,21 +355,22 @@ def load(name: str, names: list[str], env) -> tuple:
 
 def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs: bool):
     """OUT/best, and in its config.json what `classify` must know."""
-    architecture = "GPT2LMHeadModel"
+    architecture, files = "GPT2LMHeadModel", {}
     if style == "head":
         architecture = "GPT2ForSequenceClassification"
+        side = {"head": "right", "tail": "left"}[keep]
+        files = {"pairs": pairs, "padding_side": "right", "truncation_side": side,
+                 "model_max_length": T}
         net.gpt.score = net.head  # into the same file, under transformers' name
     else:
         net.gpt.lm_head.weight.data[answer_ids(tokenizer, names)] = net.head.weight.data
-    save_best(out, net.gpt, tokenizer, architectures=[architecture],
+    save_best(out, net.gpt, tokenizer, files, architectures=[architecture],
               id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
               finetune_cls={
                   "style": style, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
                   "lowercase": lowercase, "max_tokens": T, "pairs": pairs})
     if style == "head":
         del net.gpt.score
-        tokenizer.save(out / "best", pairs, padding_side="right", model_max_length=T,
-                       truncation_side={"head": "right", "tail": "left"}[keep])
         write_text(out / "best" / "README.md", card(names))
 
 
@@ -473,9 +475,9 @@ def classify(env):
         merge = ("; of adapters merge_and_unload the model by PEFT first"
                  if adapter_base(init_from) else "")
         raise ValueError(f"{init_from} is no classifier; name one with --init_from{merge}")
-    if config.get("problem_type") in ("regression", "multi_label_classification") or len(names) < 2:
-        raise ValueError(f"{init_from} is for {config.get('problem_type') or 'regression'}, not for "
-                         "one class of several")
+    problem = config.get("problem_type") or ("regression" if len(names) < 2 else "")
+    if problem in ("regression", "multi_label_classification"):
+        raise ValueError(f"{init_from} is for {problem}, not for one class of several")
     file = local_folder(init_from) / "tokenizer_config.json"
     limits = read_json(file) if file.is_file() else {}
     how = {"style": "head", "lowercase": False, "pairs": False,
@@ -521,11 +523,10 @@ def main():
     names, pairs = class_names(splits["train"]), len(splits["train"][0].text) == 2
     own = read_config(base)[1]
     if names == [str(number) for number in range(len(own))]:  # numbers of its classes
+        by_number = dict(zip(names, own))
+        splits = {name: [example._replace(label=by_number.get(example.label, example.label))
+                         for example in split] for name, split in splits.items()}
         names = own
-        for name, split in splits.items():
-            splits[name] = [example._replace(label=own[int(example.label)])
-                            if str(example.label) in map(str, range(len(own))) else example
-                            for example in split]
     net, tokenizer = load(base, names, env)
     gpt = net.gpt
     T = min(max_tokens or gpt.config.block_size, gpt.config.block_size)

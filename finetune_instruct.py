@@ -105,8 +105,8 @@ FIXED = ("template", "block_size", "seed", "mode", "train_blocks", "lora_rank", 
 
 def read_records(name: str, say=print) -> list[dict]:
     """The records of a file or hub data set, stripped; those with an empty answer are left out with
-    a note. ValueError for one that is no instruction with an answer; of a hub data set, which nobody
-    here can mend, it is left out, too."""
+    a note. ValueError for one that is no instruction with an answer; of a hub data set, which
+    nobody here can mend, it is left out, too."""
     records, faults, wrong = [], [], []
     is_file = Path(name).is_file() or Path(name, "state.json").is_file()  # datasets' folder
     if is_file:
@@ -123,8 +123,8 @@ def read_records(name: str, say=print) -> list[dict]:
         except (ValueError, AttributeError, TypeError) as e:
             found, kind = e, wrong
         kind.append(f"record {number} of {name} needs texts as instruction and output (input may "
-                    f"be empty), prompt and completion, or a chat of one question and one answer in "
-                    f"messages or conversations; found {found}; it is {row!r:.90}")
+                    "be empty), prompt and completion, or a chat of one question and one answer "
+                    f"in messages or conversations; found {found}; it is {row!r:.90}")
     if wrong and is_file or not records and wrong + faults:
         raise ValueError((wrong + faults)[0])
     faults = wrong + faults
@@ -389,7 +389,8 @@ def main():
             print(table(answered[:num_answers]))
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
         print(f"{run.step:,} steps in {run.elapsed_s:.0f} s; {len(test):,} test answers: {shown}\n"
-              f"all: {out / 'answers.jsonl'}; ask: python sample.py --init_from={quoted} --instruct …")
+              f"all: {out / 'answers.jsonl'}\n"
+              f"ask: python sample.py --init_from={quoted} --instruct …")
     env.close()
 
 

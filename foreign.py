@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from files import read_json, read_text
+from text import say_once
 
 EOT = "<|endoftext|>"
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -30,7 +31,7 @@ BUILDING = ("tokenizer_class", "added_tokens_decoder", "add_prefix_space", "add_
 
 @contextmanager
 def library_errors(what):
-    """Whatever the `tokenizers` library raises, its panics included, as a ValueError of one line."""
+    """Whatever the `tokenizers` library raises, its panics included, as one ValueError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -96,8 +97,8 @@ def _gpt2_definition(folder, data, config) -> dict:
         for key, ours in (("normalizer", None), ("pre_tokenizer", "ByteLevel")):
             found = (data.get(key) or {}).get("type")
             if found != ours:
-                print(f"note: {folder}/tokenizer.json has the {key} {found}, which GPT2Tokenizer "
-                      "of transformers 5 leaves out, and so do we")
+                say_once(f"note: {folder}/tokenizer.json has the {key} {found}, which "
+                         "GPT2Tokenizer of transformers 5 leaves out, and so do we")
     else:
         vocab, lines = read_json(folder / "vocab.json"), read_text(folder / "merges.txt")
         merges = [line for line in lines.split("\n") if line and not line.startswith("#version")]

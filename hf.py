@@ -65,10 +65,10 @@ def find_file(name, file: str, revision=None) -> Path | None:
         if (HERE / config).is_file():
             hint = f"the header of {config} says how to make it"
         raise ValueError(f"no such run: {name}; {hint}")
-    near = difflib.get_close_matches(str(name), [path.name for path in Path().iterdir()
-                                                  if path.is_dir()] + ["weights"], 1, 0.8)
-    if near and "gpt2" not in str(name):  # before the hub is asked, which takes its time
-        raise ValueError(f"no folder {name}; did you mean {near[0]}?")
+    if "/" not in str(name) and "gpt2" not in str(name):  # before the hub, which takes its time
+        folders = [path.name for path in Path().iterdir() if path.is_dir()] + ["weights"]
+        if near := difflib.get_close_matches(str(name), folders, 1, 0.8):
+            raise ValueError(f"no folder {name}; did you mean {near[0]}?")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
         raise ValueError(f"no folder {name}, and it is not a hub name such as gpt2 or owner/name")
     return hub_file(str(name), file, revision)

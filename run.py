@@ -83,23 +83,24 @@ class Run:
         self.wandb = self.tensorboard = None
         if self.env.rank:
             return
-        try:
-            if settings.get("wandb_project"):
+        if settings.get("wandb_project"):
+            try:
                 import wandb
                 self.wandb = wandb.init(
                     project=settings["wandb_project"], name=self.out.name, config=settings,
                     id=checkpoint.get("wandb_id"), resume="allow")
-            if settings.get("tensorboard"):
+            except ImportError as e:
+                raise ValueError(f"wandb_project needs pip install wandb ({e})") from None
+            except Exception as e:  # noqa: BLE001 (its own errors, such as of an account)
+                raise ValueError(f"Weights & Biases cannot begin ({e}); log in by `wandb login`, "
+                                 "or leave wandb_project out") from None
+        if settings.get("tensorboard"):
+            try:
                 from torch.utils.tensorboard import SummaryWriter
-                self.tensorboard = SummaryWriter(self.folder / "tensorboard",
-                                                 purge_step=checkpoint.get("step"))
-        except ImportError as e:
-            name = "wandb" if settings.get("wandb_project") and not self.wandb else "tensorboard"
-            raise ValueError(f"--{name}{'_project' * (name == 'wandb')} needs its package ({e}): "
-                             f"pip install {name}") from None
-        except Exception as e:  # noqa: BLE001 (its own errors, such as of an account)
-            raise ValueError(f"Weights & Biases cannot begin ({e}); log in by `wandb login`, or "
-                             "leave wandb_project out") from None
+            except ImportError as e:
+                raise ValueError(f"tensorboard needs pip install tensorboard ({e})") from None
+            self.tensorboard = SummaryWriter(self.folder / "tensorboard",
+                                             purge_step=checkpoint.get("step"))
 
     def say_resumed(self, old: dict):
         self.env.say(f"resuming {self.out} at step {self.step}")
@@ -453,7 +454,7 @@ class Metrics:
 
 @contextmanager
 def figure(png, size=(7, 4.2), rows: int = 1, columns: int = 1):
-    """Axes to draw on, in rows and columns; size in inches. At the end they are written to a PNG."""
+    """Axes to draw on, in rows and columns; size in inches. They end in a PNG file."""
     from matplotlib.figure import Figure
     fig = Figure(size, dpi=110, layout="constrained")
     yield fig.subplots(rows, columns, sharex="col", sharey="row")

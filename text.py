@@ -26,8 +26,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# The fields of an instruction, of Alpaca (Taori et al. 2023), and their names in other sets: prompts
-# with completions, and Dolly (Conover et al. 2023).
+# The fields of an instruction, of Alpaca (Taori et al. 2023), and their names in other sets:
+# prompts with completions, and Dolly (Conover et al. 2023).
 FIELDS = {"instruction": ("instruction", "prompt"), "input": ("input", "context"),
           "output": ("output", "completion", "response")}
 SLOT = re.compile(r"\{(instruction|input|output)\}")  # of a prompt template
@@ -169,8 +169,8 @@ def typed(text: str | None) -> str | None:
 
 
 def text_field(row, column: str, where: str) -> str | None:
-    """The text in a column of a row, its line ends \\n as in a text file; None for null. ValueError,
-    which begins with `where`, if there is none."""
+    """The text in a column of a row, its line ends \\n as in a text file; None for null.
+    ValueError, which begins with `where`, if there is none."""
     text = first_of(row, [column], 0) if isinstance(row, dict) else 0
     if text is None:
         return None
@@ -240,8 +240,8 @@ def _json_values(file, column=None):
 
 
 def _csv_rows(file, column=None, quoting=csv.QUOTE_MINIMAL):
-    """The delimiter is what a first line `sep=;` names, as Excel writes it, or a tab where the header
-    has one, or the most frequent of its commas, semicolons and bars. Excel's empty rows at the end
+    """The delimiter is what a first line `sep=;` names, as Excel writes it, or a tab where the
+    header has one, or the most frequent of its commas, semicolons and bars. Excel's empty rows at the end
     are left out."""
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
@@ -301,8 +301,8 @@ def _numbered(batches):
 
 
 # Each yields (where it stands, row); the binary ones, of this column alone where there is one.
-READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".jsonlines": _json_lines, ".json": _json_values,
-           ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
+READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".jsonlines": _json_lines,
+           ".json": _json_values, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
 
 
 # ---- downloads ----
@@ -395,8 +395,8 @@ def instruction_record(row) -> dict:
         raise ValueError("no fields")  # noqa: TRY004
     turns = row.get("messages") or row.get("conversations")
     if turns:
-        said = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or "")
-                for turn in turns]
+        said = [(turn.get("role") or turn.get("from"),
+                 turn.get("content") or turn.get("value") or "") for turn in turns]
         roles = " ".join({"human": "user", "gpt": "assistant"}.get(r, str(r)) for r, _ in said)
         if roles not in ("user assistant", "system user assistant"):
             raise ValueError(f"a chat of {len(said)} turns ({roles})")
@@ -418,9 +418,8 @@ def instruction_record(row) -> dict:
         record[field] = value.strip() if isinstance(value, str) else None
     named = any(name in row for name in FIELDS["output"])
     if not named or not record["instruction"] or None in record.values():
-        fields = (f"{name} ({type(value).__name__})" if isinstance(value, (list, dict)) else str(name)
-                  for name, value in row.items())
-        raise ValueError(f"the fields {', '.join(fields)}")
+        fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())
+        raise ValueError(f"the fields {fields}")
     return record
 
 

@@ -154,10 +154,11 @@ def runs_compiled(model, x, y, env) -> bool:
     model.zero_grad(set_to_none=True)
     failed = int(env.sum(fault is not None)[0])
     if failed:
-        what = (str(fault) or "-").splitlines()[0][:120] if fault else "not on rank 0"
-        env.say(f"warning: torch.compile failed on {failed} of {env.world} ranks ("
-                f"{type(fault).__name__}: {what}); running eager, which takes up to twice the "
-                "memory and, on a GPU, half again the time")
+        what = "not on rank 0"
+        if fault:
+            what = f"{type(fault).__name__}: {(str(fault) or '-').splitlines()[0][:120]}"
+        env.say(f"warning: torch.compile failed on {failed} of {env.world} ranks ({what}); running "
+                "eager, which is slower and takes up to twice the memory")
     return not failed
 
 
@@ -232,7 +233,8 @@ def take_what_is_there(script: dict):
 
 
 def resumed_model(checkpoint: dict, settings: dict, data) -> tuple:
-    """The network of a checkpoint, and its tokenizer; ValueError where the run could not go on with it as it was."""
+    """The network of a checkpoint, and its tokenizer; ValueError where the run could not go on with
+    it as it was."""
     path, network = checkpoint["path"], network_settings(settings)
     old = vars(GPTConfig()) | checkpoint["config"]  # which lacks what the code has learned since
     check_settings(path, old, network, network.keys() - {"dropout"}, checkpoint.get("command"))

@@ -193,6 +193,12 @@ def test_a_classifier_from_elsewhere_predicts_and_keeps_its_names(base, tmp_path
         assert results["classes"] == names and names[2] in (tmp_path / "run" / "predictions_dev.csv").read_text()
 
 
+def test_a_language_model_has_no_classes(tmp_path):
+    """Whatever stands in its config.json, as transformers 4 wrote it into each."""
+    GPT(GPTConfig(8, 256, 1, 1, 8)).save_pretrained(tmp_path, id2label={"0": "LABEL_0", "1": "LABEL_1"})
+    assert script.read_config(str(tmp_path))[1] == []
+
+
 @pytest.mark.parametrize("options, told", [
     ({"num_labels": 1}, "is for regression"),
     ({"num_labels": 3, "problem_type": "multi_label_classification"}, "is for multi_label_classification")])

@@ -336,7 +336,7 @@ def test_instructions_by_other_names(tmp_path, row, want, suffix):
 
 
 @pytest.mark.parametrize(("row", "word"), [
-    ({"question": "a", "answer": "b"}, "found the fields question, answer;"), ({"prompt": "a"}, "the fields prompt;"),
+    ({"question": "a", "answer": "b"}, r"found the fields question \(str\), answer \(str\);"), ({"prompt": "a"}, r"the fields prompt \(str\);"),
     ({"messages": turns("a", "b", "c", "d")}, r"a chat of 4 turns \(user assistant user assistant\);"),
     ({"messages": turns("a", "b", roles=("user", "tool"))}, r"a chat of 2 turns \(user tool\);"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "b"}]}, "record 2"),
