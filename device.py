@@ -1,12 +1,14 @@
 """Where and how a process computes: chip, dtype, ranks, autocast, one update; a script's start."""
 
 import atexit
+import copy
 import ctypes
 import math
 import os
 import re
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,8 @@ PEAK_FLOPS = {
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
     "V100": 125e12, "T4": 65e12,  # these two in float16: they have no bfloat16
 }
+# Errors after which a GPU cannot be used, or would fail again without torch.compile.
+STICKY = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 class Device:
@@ -105,6 +109,39 @@ class Device:
         if bfloat16:
             model.register_comm_hook(None, bf16_compress_hook)
         return model
+
+    def compiled(self, net, asked: bool | None, loss, dynamic: bool | None = None,
+                 bfloat16: bool = False) -> tuple:
+        """(net in DDP, where there are several ranks; net as a rank runs it alone), both compiled
+        where that is asked for (None: on a GPU) and works on all ranks, which loss(model) of a
+        batch tries. dynamic: one graph for batches of any length."""
+        wanted = self.type == "cuda" if asked is None else asked
+        fast = torch.compile(net, dynamic=dynamic) if wanted else net
+        model = self.parallel(fast, bfloat16)
+        if fast is not net and not self.runs_compiled(model, loss):
+            fast, model = net, self.parallel(net, bfloat16)
+        return model, fast
+
+    def runs_compiled(self, model, loss) -> bool:
+        """Tries a compiled model on one batch; where that fails on a rank, it says what it costs to
+        do without."""
+        fault = None
+        try:
+            with self.autocast(), model.no_sync() if self.world > 1 else nullcontext():
+                loss(model).backward()
+        except STICKY:
+            raise
+        except Exception as e:  # noqa: BLE001 (whatever the platform lacks)
+            fault = e
+        model.zero_grad(set_to_none=True)
+        failed = int(self.sum(fault is not None)[0])
+        if failed:
+            what = "not on rank 0"
+            if fault:
+                what = f"{type(fault).__name__}: {(str(fault) or '-').splitlines()[0][:120]}"
+            self.say(f"warning: torch.compile failed on {failed} of {self.world} ranks ({what}); "
+                     "running eager, which is slower and takes up to twice the memory")
+        return not failed
 
     def lock(self, folder: Path):
         """Holds a run's folder until `close` or the end of the process, by a lock of rank 0.
@@ -208,6 +245,22 @@ def to_device(tensor, device):
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def host_copy(value):
+    """A copy in the CPU's memory of a model, or of all tensors in a dict, list or tuple."""
+    if isinstance(value, torch.nn.Module):
+        tensors = [*value.parameters(), *value.buffers()]
+        return copy.deepcopy(value, {id(tensor): host_copy(tensor) for tensor in tensors})
+    if isinstance(value, torch.Tensor):
+        new = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value.detach())
+        is_parameter = isinstance(value, torch.nn.Parameter)
+        return torch.nn.Parameter(new, value.requires_grad) if is_parameter else new
+    if isinstance(value, dict):
+        return {key: host_copy(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(host_copy, value))
+    return value
 
 
 def check_launch(environ):

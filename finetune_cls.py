@@ -97,6 +97,7 @@ tensorboard = False  # also log for TensorBoard (pip install tensorboard)
 # the machine
 device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
+compile: bool | None = None  # torch.compile; None: on GPUs
 
 FROM_ONE = ("batch_size", "accumulation", "log_interval", "max_tokens", "patience")
 CHOICES = {"style": ("head", "cloze"), "keep": ("head", "tail")}
@@ -270,7 +271,7 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def batched_forward(net: Classifier, rows, env, features: bool = False) -> torch.Tensor:
+def batched_forward(net, rows, env, features: bool = False) -> torch.Tensor:
     """Logits (N, classes) of all rows, or their features (N, C), in float32, without dropout, in
     long batches of similar length; the ranks share the work."""
     net.eval()
@@ -555,7 +556,7 @@ def main():
                              head=[net.head.weight], head_learning_rate=head_learning_rate)
     run = Run(env, out, net, update, settings, max_steps, per_epoch, checkpoint)
     del checkpoint
-    model, cached = env.parallel(net), {}
+    cached = {}
     frozen = mode == "last_layer"
     if frozen and cache_features and epochs:
         clock = time.perf_counter()
@@ -563,18 +564,21 @@ def main():
         seconds = time.perf_counter() - clock
         run.elapsed_s += seconds
         env.say(f"all features took {seconds:.1f} s; from now on only the linear layer is run")
+    model, fast = env.compiled(
+        net, False if cached else compile, dynamic=True,
+        loss=lambda model: model(*collate(rows["train"][:batch_size], env.device)).sum())
 
     def evaluate_and_keep(epoch: int) -> dict:
         """The measures on dev; the best model is kept."""
         net.eval()
         with torch.no_grad():
-            logits = net(cached["dev"]) if cached else batched_forward(net, rows["dev"], env)
+            logits = net(cached["dev"]) if cached else batched_forward(fast, rows["dev"], env)
         net.train()
         gpt.train(not frozen)  # features are made without dropout
         found = measures(logits.cpu(), targets["dev"])
         accuracy = found["accuracy"] if math.isfinite(found["loss"]) else -math.inf
         if run.is_best(-accuracy, found["loss"], epoch) and env.rank == 0:
-            save(run.folder, net, tokenizer, names, T, pairs)
+            run.write(save, run.folder, net, tokenizer, names, T, pairs)
         return {f"val_{key}": found[key] for key in ("loss", "accuracy", "macro_f1")}
 
     # ---- the loop ----
@@ -612,6 +616,7 @@ def main():
     # ---- the best model on dev and test ----
     if run.best == (math.inf,):
         raise ValueError("the loss on dev was never finite; lower --learning_rate")
+    run.wait_written()
     env.sum(0)  # the best model is on disk
     best, _ = load(run.folder, names, env)
     texts_per_s = len(lengths) * run.step / per_epoch / run.elapsed_s if epochs else 0

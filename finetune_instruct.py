@@ -81,7 +81,7 @@ tensorboard = False  # also log for TensorBoard (pip install tensorboard)
 # the machine
 device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
-compile = False  # torch.compile: for long runs on a GPU
+compile: bool | None = None  # torch.compile; None: on GPUs
 
 ALPACA = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the \
@@ -242,14 +242,15 @@ def training_batches(rows) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def evaluate(net: AnswerLoss, rows, env) -> float:
+def evaluate(net, rows, env) -> float:
     """Mean loss in nats per token of the answers; the ranks share the work."""
-    rows, total = sorted(rows, key=lambda row: sum(map(len, row))), 0.0
+    rows, losses = sorted(rows, key=lambda row: sum(map(len, row))), []
     net.eval()
     for start in range(32 * env.rank, len(rows), 32 * env.world):
         with env.autocast():
-            total += net(*collate(rows[start:start + 32], env.device)).item()
+            losses.append(net(*collate(rows[start:start + 32], env.device)))
     net.train()
+    total = sum(loss.item() for loss in losses)  # a GPU is waited for only here
     return env.sum(total)[0] / sum(len(answer) for _, answer in rows)
 
 
@@ -333,16 +334,20 @@ def main():
         return env.close()
     before = evaluate(net, test, env) if checkpoint is None else checkpoint["before"]
     del checkpoint
-    model = env.parallel(torch.compile(net, dynamic=True) if compile else net)
+    model, fast = env.compiled(net, compile, dynamic=True,
+                               loss=lambda model: model(*collate(train[:batch_size], env.device)))
+
+    def keep(folder, model):
+        if mode == "lora":
+            save_adapter(model, folder / "adapter", base)
+            tokenizer.save(folder / "adapter", model_max_length=T)
+        save_best(folder, model, tokenizer)
+        write_text(folder / "best" / "template.txt", f"{form}\n")  # for sample.py
 
     def evaluate_and_keep() -> dict:
-        loss = evaluate(net, dev, env)
+        loss = evaluate(fast, dev, env)
         if run.is_best(loss) and env.rank == 0:
-            if mode == "lora":
-                save_adapter(raw_model, run.folder / "adapter", base)
-                tokenizer.save(run.folder / "adapter", model_max_length=T)
-            save_best(run.folder, raw_model, tokenizer)
-            write_text(run.folder / "best" / "template.txt", f"{form}\n")  # for sample.py
+            run.write(keep, run.folder, raw_model)
         return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700))}
 
     # ---- the loop ----
@@ -364,6 +369,7 @@ def main():
         return env.close()
 
     # ---- the best model on the test split ----
+    run.wait_written()
     env.sum(0)  # it is on disk
     best = env.place(GPT.from_pretrained(out / "best"))
     loss = evaluate(AnswerLoss(best), test, env)

@@ -10,7 +10,7 @@ The loop stays in the script:
         if run.evaluates:
             found = ...
             if run.is_best(found["val_loss"]):
-                save_best(run.folder, ...)
+                run.write(save_best, run.folder, ...)
         run.log(**found)
         if run.saves:
             run.save(...)          # what the script needs to go on
@@ -22,6 +22,7 @@ import math
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ import torch
 
 from checkpoint import fitting, note_newest, replace_run, restore, save_checkpoint
 from configurator import command_line
+from device import host_copy
 from files import naming, replacing, write_text
 
 COUNTS = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "skipped": 0,
@@ -41,6 +43,8 @@ class Run:
     updates and after the last, a line every settings["log_interval"]. checkpoint: to resume from.
     schedule(step) -> fraction of every group's peak learning rate; None: a linear warmup over
     settings["warmup_fraction"] of the updates (a tenth), then linear to zero. flops: of a token."""
+
+    IN_BACKGROUND = ("cuda",)  # devices that train on while a thread writes: see `write`
 
     def __init__(self, env, out: Path, model, optimizer, settings: dict, max_steps: int,
                  eval_interval: int, checkpoint: dict | None = None, schedule=None,
@@ -74,6 +78,8 @@ class Run:
         self.ask_interval = 1  # steps between questions for a stop signal
         self.row = {key: getattr(self, key) for key in ("step", "tokens", "elapsed_s")}
         self.metrics = self.received = None
+        self.writer = ThreadPoolExecutor(1) if env.type in self.IN_BACKGROUND else None
+        self.written = []  # futures of what was given to it
         if env.rank == 0:
             self.metrics = Metrics(self.folder, -1 if checkpoint is None else self.step)
 
@@ -132,6 +138,7 @@ class Run:
                 if self.logs or self.stopped:  # evaluating and saving is not training
                     self.start_clock()
         finally:
+            self.wait_written()
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.stopped:
@@ -185,6 +192,8 @@ class Run:
         if self.logs or self.env.world == 1 or self.step % self.ask_interval == 0:
             self.stopped = self.env.any_rank(self.received) and not last
         self.saves = self.evaluates or self.stopped
+        if self.saves:
+            self.wait_written()
         if self.logs or self.stopped:
             self.measure()
 
@@ -272,24 +281,40 @@ class Run:
             best = " (best so far)" if self.improved else ""
             self.env.say(f"step {self.step}: {', '.join(found)}{best}")
 
+    def write(self, work, *values, **options):
+        """Does work that writes files. On a GPU a thread does it, with copies in the CPU's memory
+        of the tensors and models among the values, while training goes on; before the next time
+        `saves` is due, and at the end, it is done or its error raised. On a CPU the copies would
+        cost memory, and there is no other processor."""
+        if self.writer is None:
+            work(*values, **options)
+        else:
+            self.written.append(self.writer.submit(work, *map(host_copy, values), **options))
+
+    def wait_written(self):
+        given, self.written = self.written, []
+        for future in given:
+            future.result()
+
     def save(self, **more):
         """OUT/ckpt.pt: what resuming needs of the run, and what the script adds to it."""
         if self.env.rank == 0:
             self.metrics.sync()
             best = self.best[0] if len(self.best) == 1 else self.best
-            save_checkpoint(self.folder / "ckpt.pt", {
+            self.write(save_checkpoint, self.folder / "ckpt.pt", {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.env.scaler.state_dict(), "best_loss": best,
                 "settings": self.settings, "command": self.command,
                 "wandb_id": self.wandb and self.wandb.id,
                 **{key: getattr(self, key) for key in COUNTS}, **more},
                 self.settings.get("keep_checkpoints", 1), self.last_saved)
-            self.metrics.plot()
+            self.write(self.metrics.plot)
         self.last_saved = self.step
         self.move()
 
     def results(self, results: dict):
         """OUT/results.json, which closes a fine-tuning, with the settings."""
+        self.wait_written()
         if self.env.rank == 0:
             write_text(self.folder / "results.json", json.dumps(
                 results | {"settings": self.settings}, indent=1) + "\n")
@@ -298,6 +323,7 @@ class Run:
     def move(self):
         """With its first save the run moves into its folder, and what an old one left goes."""
         if self.folder != self.out and self.env.rank == 0:
+            self.wait_written()
             replace_run(self.out)
             self.metrics.folder = self.out
         if self.env.rank == 0:

@@ -322,7 +322,7 @@ def main():
             loss = model(*collate(dev, env.device))[1].item()
         model.train()
         if run.is_best(loss, epoch):
-            save_best(run.folder, model, tok)
+            run.write(save_best, run.folder, model, tok)
         return {"val_loss": loss, "val_ppl": math.exp(min(loss, 700))}
 
     # ---- the loop ----

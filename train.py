@@ -12,7 +12,6 @@
 import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -95,7 +94,6 @@ compile: bool | None = None  # torch.compile; None: on GPUs
 checkpoint_activations = False  # compute each block again for its gradient: less memory, slower
 bfloat16_gradients = False  # several ranks exchange gradients in bfloat16: half the traffic
 
-STICKY = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 FROM_ONE = ("max_steps", "log_interval", "eval_interval", "block_size", "batch_size", "max_skipped",
             "keep_checkpoints", "eval_tokens")  # no other number may be below 0
 
@@ -138,28 +136,6 @@ def sample_text(model, tokenizer, tokens: int) -> str:
     ids = model.generate(idx, tokens, temperature=0.8, top_k=200, eos_id=tokenizer.stop_ids,
                          generator=torch.Generator().manual_seed(seed))
     return tokenizer.decode(ids[0, 1:].tolist()).strip()
-
-
-def runs_compiled(model, x, y, env) -> bool:
-    """Tries a compiled model, in DDP where there are several ranks, on one batch; where that fails
-    on a rank, it says what it costs to do without."""
-    fault = None
-    try:
-        with env.autocast(), model.no_sync() if env.world > 1 else nullcontext():
-            model(x, y)[1].backward()
-    except STICKY:  # the GPU is out of memory, as it would be eagerly, or no longer usable
-        raise
-    except Exception as e:  # noqa: BLE001 (whatever the platform lacks)
-        fault = e
-    model.zero_grad(set_to_none=True)
-    failed = int(env.sum(fault is not None)[0])
-    if failed:
-        what = "not on rank 0"
-        if fault:
-            what = f"{type(fault).__name__}: {(str(fault) or '-').splitlines()[0][:120]}"
-        env.say(f"warning: torch.compile failed on {failed} of {env.world} ranks ({what}); running "
-                "eager, which is slower and takes up to twice the memory")
-    return not failed
 
 
 def token_embeddings(name: str, data, width: int) -> torch.Tensor:
@@ -356,14 +332,8 @@ def main():
         f"({parts}{batch_size} x {block_size}), "
         f"{max_steps * per_update / data.train.tokens:.2f} epochs; {env.name()}, "
         f"{str(env.dtype).removeprefix('torch.')}")
-    model = raw_model.train()
-    fast = model
-    if compile or compile is None and env.type == "cuda":
-        fast = torch.compile(model)
-    model = env.parallel(fast, bfloat16_gradients)
-    if fast is not raw_model and not runs_compiled(model, *placed(batch(0)), env):
-        fast = raw_model
-        model = env.parallel(fast, bfloat16_gradients)
+    model, fast = env.compiled(raw_model.train(), compile, lambda model: model(*placed(batch(0)))[1],
+                               bfloat16=bfloat16_gradients)
 
     # ---- the loop ----
     coming, found = fetch(windows, env.rank), {}
@@ -384,7 +354,7 @@ def main():
         if run.evaluates:
             found = evaluate(fast, data.val, env)
             if run.is_best(found["val_loss"]) and env.rank == 0:
-                save_best(run.folder, raw_model, tokenizer)
+                run.write(save_best, run.folder, raw_model, tokenizer)
         run.log(**found)
         if run.evaluates and sample_tokens and env.rank == 0:
             print(f"--- a sample\n{sample_text(raw_model, tokenizer, sample_tokens)}\n---")

@@ -99,8 +99,10 @@ def fork(function, log) -> int:
 def start(out, *argv, plot=False, first=None, log=None) -> int:
     """Forks `train.py argv --out_dir=out`; first is called in the child before."""
     argv = [*TINY, *argv, f"--out_dir={out}"]
+    background = draw.choice([(), ("cpu",)])  # half of them save in a thread, as a GPU does
 
     def child():
+        loop.Run.IN_BACKGROUND = background
         if not plot:  # most of the time of a save, and written as all files are
             loop.Metrics.plot = lambda self: None
         sys.argv = ["train.py", *argv]

@@ -4,6 +4,7 @@ import copy
 import ctypes
 import json
 import os
+import time
 import traceback
 import weakref
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, check_equal, give, rows, start
+from conftest import HERE, check_equal, give, rows, start, untimed
 from torch import distributed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 import decode
 import finetune_cls
 import finetune_instruct
+import run
 import sonnet
 import train
 from data import write_data
@@ -162,6 +164,18 @@ def data(tmp_path) -> str:
     return f"--dataset={tmp_path}/data"
 
 
+def texts_of(folder):
+    """What scripts read: a table of classes, and records of instructions."""
+    lines = ["text,label", *(f"{'good ' * (n % 9)},{n % 2}" for n in range(90))]
+    (folder / "t.csv").write_text("\n".join(lines))
+    records = [{"instruction": str(n), "input": "", "output": str(n)} for n in range(90)]
+    (folder / "t.json").write_text(json.dumps(records))
+    (folder / "form").write_text("{instruction}{input}{output}")
+    return {train: [*TINY, "--max_steps=6", "--eval_interval=2", "--dropout=0.1"],
+            finetune_cls: [f"--train_file={folder}/t.csv", "--batch_size=8"],
+            finetune_instruct: [f"--data={folder}/t.json", f"--template={folder}/form"]}
+
+
 # ---- no step waits for the GPU ----
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -179,18 +193,13 @@ def test_a_wait_is_found(loop, data, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["full", "lora", "last_layer"])
 def test_classification(loop, tmp_path, mode):
-    lines = ["text,label", *(f"{'good ' * (n % 9)},{n % 2}" for n in range(90))]
-    (tmp_path / "t.csv").write_text("\n".join(lines))
-    argv = [f"--train_file={tmp_path}/t.csv", f"--mode={mode}", "--batch_size=8"]
+    argv = [*texts_of(tmp_path)[finetune_cls], f"--mode={mode}", "--compile=False"]
     assert loop(finetune_cls, *argv) == []
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_instructions(loop, tmp_path, mode):
-    records = [{"instruction": str(n), "input": "", "output": str(n)} for n in range(90)]
-    (tmp_path / "t.json").write_text(json.dumps(records))
-    (tmp_path / "form").write_text("{instruction}{input}{output}")
-    argv = [f"--data={tmp_path}/t.json", f"--mode={mode}", f"--template={tmp_path}/form"]
+    argv = [*texts_of(tmp_path)[finetune_instruct], f"--mode={mode}", "--compile=False"]
     assert loop(finetune_instruct, *argv) == []
 
 
@@ -309,6 +318,45 @@ def test_gradients_travel_during_the_backward_pass(order):
         assert (len(graphs.graphs) > 1) == (order == "wrapped first")
     finally:
         distributed.destroy_process_group()
+
+
+# ---- a thread saves while training goes on ----
+
+def test_files_that_a_thread_writes_are_those_written_at_once(data, tmp_path, monkeypatch):
+    scripts, plain = texts_of(tmp_path), run.save_checkpoint
+    scripts[train] += [data, "--learning_rate=0.01"]
+    scripts[finetune_instruct] += ["--mode=lora", "--eval_interval=2"]
+    start(train, *scripts[train], "--device=cpu", f"--out_dir={tmp_path}/base")
+
+    def slowly(*args):
+        time.sleep(0.1)  # the next updates are made meanwhile
+        plain(*args)
+    monkeypatch.setattr(run, "save_checkpoint", slowly)
+    for script, argv in scripts.items():
+        outs = [tmp_path / f"{script.__name__}_{name}" for name in ("once", "thread")]
+        if script is not train:
+            argv = [*argv, f"--init_from={tmp_path}/base"]
+        for out, background in zip(outs, ((), ("cpu",))):
+            monkeypatch.setattr(Run, "IN_BACKGROUND", background)
+            start(script, *argv, "--device=cpu", f"--out_dir={out}")
+        one, two = (load_torch(out / "ckpt.pt") for out in outs)
+        check_equal(one["model"], two["model"])
+        for number, state in one["optimizer"]["state"].items():
+            check_equal(state, two["optimizer"]["state"][number])
+        names = [sorted(str(p.relative_to(out)) for p in out.rglob("*")) for out in outs]
+        assert names[0] == names[1] and untimed(outs[0]) == untimed(outs[1])
+        for file in ("best/model.safetensors", "adapter/adapter_model.safetensors"):
+            contents = [(out / file).read_bytes() for out in outs if (out / file).is_file()]
+            assert contents[:1] == contents[1:]
+
+
+def test_a_fault_of_the_thread_ends_the_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "IN_BACKGROUND", ("cpu",))
+    monkeypatch.setattr(run, "save_checkpoint", Mock(side_effect=OSError("the disk is full")))
+    with pytest.raises(OSError, match="the disk is full"):
+        start(train, *TINY, data, "--device=cpu", "--max_steps=6", "--eval_interval=2",
+              f"--out_dir={tmp_path}/run")
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
 
 
 # ---- on a GPU ----

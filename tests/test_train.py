@@ -370,14 +370,15 @@ def test_evaluation_holds_no_more_logits_than_its_limit(monkeypatch):
     (torch.OutOfMemoryError("CUDA out of memory"), None)])
 def test_what_cannot_be_compiled_runs_eager_but_for_a_gpu_that_is_full(fault, told, capsys):
     class Broken(torch.nn.Module):
-        def forward(self, x, y):
+        def forward(self, x):
             raise fault
 
     if told is None:
         with pytest.raises(torch.OutOfMemoryError):
-            train.runs_compiled(Broken(), None, None, Device("cpu"))
+            Device("cpu").compiled(Broken(), True, lambda model: model(1))
     else:
-        assert not train.runs_compiled(Broken(), None, None, Device("cpu"))
+        broken = Broken()
+        assert Device("cpu").compiled(broken, True, lambda model: model(1)) == (broken, broken)
         assert told in capsys.readouterr().out
 
 
