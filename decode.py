@@ -5,6 +5,7 @@ one that reads them faster (oneDNN's own layout) or reads fewer bytes (int8). On
 bound by launching kernels: it records a step once and replays it.
 """
 
+import weakref
 from functools import partial
 
 import torch
@@ -17,10 +18,12 @@ from model import GPT, KVCache, check_sampling
 REORDER = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 INT8 = getattr(torch.ops.aten, "_weight_int8pack_mm", None)
+MANY = 8  # texts decoded together, from which arithmetic, not reading the weights, takes the time
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with its weight in oneDNN's own layout, for CPUs."""
+    """A linear layer with its weight in oneDNN's own layout, for CPUs; the weight's dtype may be
+    another than that of the activations."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -29,7 +32,8 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x):
-        return POINTWISE(x, self.weight, self.bias, "none", [], "")
+        y = POINTWISE(x.to(self.weight.dtype), self.weight, self.bias, "none", [], "")
+        return y.to(x.dtype)
 
 
 class Int8Linear(nn.Module):
@@ -44,11 +48,14 @@ class Int8Linear(nn.Module):
         self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.bias = None if bias is None else bias.detach()
 
+    def rounded(self, dtype):
+        """The weight that the integers stand for."""
+        return self.weight.to(dtype).mul_(self.scale.to(dtype)[:, None])
+
     def forward(self, x):
         rows = x.reshape(-1, x.size(-1))
         if INT8 is None or len(rows) > self.kernel_rows or rows.size(1) % 16:
-            weight = self.weight.to(x.dtype).mul_(self.scale.to(x.dtype)[:, None])
-            return F.linear(x, weight, self.bias)
+            return F.linear(x, self.rounded(x.dtype), self.bias)
         y = INT8(rows.bfloat16().contiguous(), self.weight, self.scale)
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
@@ -58,9 +65,6 @@ class ShiftedCache(KVCache):
     """A cache of S tokens that always counts as full, its newest token last: of a shorter text,
     what comes before is padding. So a one-token step has the same shapes whatever the length."""
 
-    def __init__(self, cache: KVCache):
-        self.k, self.v = cache.k, cache.v
-
     def append(self, layer, k, v):
         for kept, new in ((self.k[layer], k), (self.v[layer], v)):
             kept.copy_(torch.cat([kept[:, :, 1:], new], dim=2))
@@ -68,11 +72,13 @@ class ShiftedCache(KVCache):
 
 
 class GraphedStep:
-    """GPT.next_logits, whose one-token steps on a GPU are recorded once for each text as a CUDA
-    graph and replayed: launching their kernels one by one would take longer than running them."""
+    """GPT.next_logits, whose one-token steps on a GPU are recorded once as a CUDA graph and
+    replayed: launching their kernels one by one would take longer than running them. Another text
+    needs another graph only if its batch is of another size, or it is longer."""
 
     def __init__(self, model: GPT, compile: bool = False):
-        self.text = None  # the cache of the text whose step is recorded
+        self.config, self.cache = model.config, None  # the cache that the recorded step works on
+        self.text = lambda: None  # the cache of the text that lies in it, while that is in use
         self.next_logits = partial(type(model).next_logits, model)
         self.step = torch.compile(self.next_logits) if compile else self.next_logits
 
@@ -83,8 +89,8 @@ class GraphedStep:
                 raise ValueError("after its prompt a text goes on one token at a time")
             cache.shifted = False
             return self.next_logits(idx, attention_mask, cache)
-        if cache is not self.text:
-            self.record(idx, cache)
+        if cache is not self.text():
+            self.begin(idx, cache)
         if not shifted:
             for kept in (cache.k, cache.v):
                 kept[:, :, :, -n:] = kept[:, :, :, :n].clone()
@@ -96,17 +102,29 @@ class GraphedStep:
         cache.length = n + 1
         return self.logits
 
+    def begin(self, idx, cache):
+        """Puts a text into the cache of the recorded step; the one that was there takes a copy."""
+        if other := self.text():
+            other.k, other.v = other.k.clone(), other.v.clone()
+        B, S = cache.k.size(1), cache.k.size(3)
+        if self.cache is None or self.cache.k.size(1) != B or self.cache.k.size(3) < S:
+            self.record(idx, ShiftedCache(self.config, B, S, cache.k.device, cache.k.dtype))
+        n = cache.length
+        filled = slice(-n, None) if getattr(cache, "shifted", False) else slice(n)
+        for kept, given in ((self.cache.k, cache.k), (self.cache.v, cache.v)):
+            kept[:, :, :, filled] = given[:, :, :, filled]
+        cache.k, cache.v, self.text = self.cache.k, self.cache.v, weakref.ref(cache)
+
     def run(self):
         """One step; all tensors that it reads and writes stay where they are."""
         self.cache.length = self.mask.size(1) - 1
         self.logits = self.step(self.token, self.mask, self.cache)
 
     def record(self, idx, cache):
-        self.text, self.cache, self.replay = cache, ShiftedCache(cache), self.run
+        self.cache, self.replay = cache, self.run
         self.token, self.mask = torch.zeros_like(idx), idx.new_zeros(len(idx), cache.k.size(3))
         if idx.device.type != "cuda":
             return
-        held = cache.k.clone(), cache.v.clone()  # which the steps below overwrite
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # warm up, as recording asks for
@@ -116,17 +134,17 @@ class GraphedStep:
         with torch.cuda.graph(graph):
             self.run()
         self.replay = graph.replay
-        cache.k.copy_(held[0])
-        cache.v.copy_(held[1])
 
 
 @torch.no_grad()
-def prepare(model: GPT, quantize: str | None = None, compile: bool = False) -> GPT:
+def prepare(model: GPT, quantize: str | None = None, compile: bool = False, rows: int = 1) -> GPT:
     """Makes a model decode faster, in place; it can be neither trained nor saved afterwards.
 
     quantize: None keeps every weight as it is and, on a CPU, only changes their layout; "int8"
-    rounds the weights of all linear layers, the head included. On a GPU one-token steps become a
-    CUDA graph, with `compile` of fused kernels, which takes half a minute to build.
+    rounds the weights of all linear layers, the head included. rows: how many texts are decoded
+    together; from 8 on a CPU computes in float32 what it could only read faster in 8 bits or, where
+    it has no units for it, in bfloat16. On a GPU one-token steps become a CUDA graph, with `compile`
+    of fused kernels, which takes half a minute to build.
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r} is unknown: int8, or None for unchanged weights")
@@ -138,7 +156,7 @@ def prepare(model: GPT, quantize: str | None = None, compile: bool = False) -> G
         model.next_logits = GraphedStep(model, compile)
     if quantize is None and not packs(weight):
         return model
-    kind = Int8Linear if quantize else PackedLinear
+    kind = partial(fast_linear, quantize, rows)
     for part in model.transformer.h.modules():
         for name, layer in list(part.named_children()):
             # a subclass with parameters of its own, such as an adapter's, stays as it is
@@ -146,6 +164,17 @@ def prepare(model: GPT, quantize: str | None = None, compile: bool = False) -> G
                 setattr(part, name, kind(layer.weight, layer.bias))
     model.lm_head = kind(weight if model.config.tie_word_embeddings else model.lm_head.weight, None)
     return model
+
+
+def fast_linear(quantize: str | None, rows: int, weight, bias):
+    """The layer that `prepare` puts into the place of one with this weight and bias."""
+    layer = Int8Linear(weight, bias) if quantize else None
+    if rows >= MANY and packs(weight):
+        floats = layer.rounded(weight.dtype) if quantize else weight
+        if weight.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+            floats = floats.float()
+        return PackedLinear(floats, None if bias is None else bias.to(floats.dtype))
+    return layer if quantize else PackedLinear(weight, bias)
 
 
 def packs(weight) -> bool:

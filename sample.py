@@ -114,7 +114,7 @@ def main():
     name = init_from or newest_run()
     model, tok = load_model(name, tokenizer, revision=revision, dtype=env.dtype)
     print(f"{name}: {model.num_params():,} parameters, {tok.name} tokens, seed {seed}\n")
-    model = prepare(model.to(env.device), quantize)
+    model = prepare(model.to(env.device), quantize, rows=max(num_samples, num_beams))
     template = read_template(name)
     if instruct is not None and template is None:
         raise ValueError(f"{name} has no template.txt: instructions are for runs of "

@@ -1,5 +1,6 @@
 """Beams against transformers and exhaustive search; layouts and int8; the terminal."""
 
+import copy
 import io
 import itertools
 
@@ -13,7 +14,15 @@ import sample
 import train
 from configurator import configure, find_settings
 from data import write_data
-from decode import GraphedStep, Int8Linear, beam_search, prepare, stream_text
+from decode import (
+    GraphedStep,
+    Int8Linear,
+    PackedLinear,
+    beam_search,
+    packs,
+    prepare,
+    stream_text,
+)
 from lora import adapted, add_lora
 from model import GPT, Attention, GPTConfig
 from ops import accelerate
@@ -107,6 +116,23 @@ def test_graphed_steps_equal_the_others(monkeypatch, window):
         assert torch.allclose(a, b)
 
 
+def test_texts_share_a_recorded_step(monkeypatch):
+    """Also those that are written in turn, each of whose windows moves."""
+    recorded, record = [], GraphedStep.record
+    monkeypatch.setattr(GraphedStep, "record", lambda step, *args: recorded.append(record(step, *args)))
+    model, prompts = tiny(block_size=24), (ids(1, 9), ids(1, 3), ids(1, 12))
+    want = [torch.stack([*model.stream(x, 30, 0)], 1) for x in prompts]
+    model.next_logits = GraphedStep(model)
+    for x, text in zip(prompts, want):
+        assert torch.equal(model.generate(x, 30, 0)[:, x.size(1):], text)
+    streams = [model.stream(x, 30, 0) for x in prompts]
+    for tokens in zip(*streams, zip(*(text[0] for text in want))):
+        assert [int(token) for token in tokens[:-1]] == [*map(int, tokens[-1])]
+    assert len(recorded) == 1
+    model.generate(ids(2, 3), 30, 0)  # two texts
+    assert len(recorded) == 2
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available()
                     or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 units")
 def test_bfloat16_weights_are_laid_out_too():
@@ -160,6 +186,25 @@ def test_int8_rounds_weights_per_output(monkeypatch):
         assert 0 < abs(model(y[:, :-1], y[:, 1:])[1] / loss - 1) < 0.005
     with pytest.raises(ValueError, match="int4"):
         prepare(model, "int4")
+
+
+@pytest.mark.skipif(not packs(torch.ones(1)), reason="this torch lacks oneDNN's layout")
+@pytest.mark.parametrize("units", [True, False])
+def test_many_texts_are_decoded_in_floats(monkeypatch, units):
+    """The rounded weights stay what they are; only where bfloat16 has units is it computed with."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        for quantize in (None, "int8"):
+            model, x = bytes_model().to(dtype), torch.randint(256, (2, 40))
+            if quantize:
+                few, many = (prepare(copy.deepcopy(model), quantize, rows=n) for n in (1, 8))
+            else:
+                few, many = model, prepare(copy.deepcopy(model), rows=8)
+            layer = many.transformer.h[0].mlp.c_fc
+            assert type(layer) is PackedLinear and layer.weight.dtype == (
+                torch.float32 if dtype == torch.float32 or not units else torch.bfloat16)
+            want, got = few(x)[0].float(), many(x)[0].float()
+            assert (want - got).abs().max() < tolerance * want.abs().max()
 
 
 def test_streamed_text_is_the_generated_text():

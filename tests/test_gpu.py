@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, check_equal, give, rows, start, untimed
+from conftest import HERE, check_equal, defaults, give, rows, start, untimed
 from torch import distributed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -43,6 +43,8 @@ TINY = ["--block_size=32", "--batch_size=2", "--total_batch_tokens=128", "--n_la
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
 aten = torch.ops.aten
 cuda = pytest.mark.skipif(not REAL, reason="needs a GPU")
+for script in (train, finetune_cls, finetune_instruct, sonnet):
+    defaults(script)  # now, before a test changes them
 
 
 class Watch(TorchDispatchMode):
