@@ -1,17 +1,15 @@
-"""How fast this machine trains, decodes and loads, beside transformers and nanoGPT, in turn.
+"""How fast this machine trains and decodes, beside transformers and nanoGPT, in turn.
 
     python bench.py train --peer=../nanoGPT                # a training step of GPT-2 124M
     python bench.py train --batch_size=1 --block_size=1024 --kinds float32 bfloat16
     python bench.py race --dataset=ts --peer=../nanoGPT    # seconds to a validation loss
     python bench.py instruct --data=FILE                   # LoRA, beside transformers and PEFT
     python bench.py decode --new 64 256 --batch 1 8 --peer=../nanoGPT --repeats=5
-    python bench.py load --preset=gpt2-xl
 """
 
 import contextlib
 import importlib.util
 import json
-import os
 import random
 import re
 import statistics
@@ -429,46 +427,8 @@ def decode():
                 print(row, flush=True)
 
 
-# ---- loading ----
-
-def load():
-    """Loads one saved model in fresh processes, ours and transformers' in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = build("ours", Device("cpu"))
-        model.save_pretrained(folder)
-        size = model.num_params() * 4 / 1e6
-        child("load_once", "ours", folder)  # reads the file into the page cache
-        found = in_turn({who: partial(child, "load_once", who, folder)
-                         for who in ("ours", "transformers")})
-    print(f"{describe(Device('cpu'))}; {size:,.0f} MB in float32, from the page cache\n"
-          f"{'':14}{'seconds':>9}{'MB':>10}{'of its size':>13}")
-    for who, runs in found.items():
-        seconds, memory = np.median(runs, 0)
-        print(f"{who:14}{seconds:9.2f}{memory:10,.0f}{memory / size:13.2f}")
-
-
-def load_once(who: str, folder: str) -> list:
-    """(seconds, MB of anonymous memory) of loading a model and reading every weight once."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if who == "ours":
-        Model = GPT
-    else:
-        from transformers import GPT2LMHeadModel as Model
-    before, start = anonymous_mb(), time.perf_counter()
-    model = Model.from_pretrained(folder)
-    for p in model.parameters():
-        p.sum().item()
-    return [time.perf_counter() - start, anonymous_mb() - before]
-
-
-def anonymous_mb() -> float:
-    """Memory of this process that is not mapped from files."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) / 1e3
-
-
-COMMANDS = {"train": train, "race": race, "instruct": instruct, "decode": decode, "load": load}
-PARTS = {"step": step, "peft": peft, "load_once": load_once}  # of these, in processes of their own
+COMMANDS = {"train": train, "race": race, "instruct": instruct, "decode": decode}
+PARTS = {"step": step, "peft": peft}  # of these, in processes of their own
 
 
 def main(command, *words):

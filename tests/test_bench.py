@@ -65,7 +65,7 @@ def test_the_clock_waits_for_a_gpu(monkeypatch):
     (["train", "--peer=no/where"], "no model.py"), (["train", "--steps=0"], "steps"),
     (["train", "--preset=gpt3"], "gpt2-xl"), (["decode", "--new", "2000"], "1 … 1008"),
     (["decode", "--kinds", "int4"], "int4"), (["instruct"], "--data=FILE"),
-    (["load", "extra"], "unexpected")])
+    (["decode", "extra"], "unexpected")])
 def test_mistakes_are_one_line(argv, word):
     with pytest.raises(ValueError, match=word) as e:
         run_bench(*argv, "--device=cpu")
