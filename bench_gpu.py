@@ -3,7 +3,7 @@
     python bench_gpu.py --peer=../nanoGPT                   # make gpu
     python bench_gpu.py --parts step-adamw decode           # those whose names begin so
     python bench_gpu.py --batch 16 32 48 64 --parts step
-    python bench_gpu.py --alone=stop --device=cpu           # one part here, and nothing is kept
+    python bench_gpu.py --alone=run --device=cpu            # one part here, and nothing is kept
 
 The parts stand in the order of their worth, take up to a minute or two each, and do without each
 other. Each result is in OUT/results.json as soon as it is there, and its part is skipped from then
@@ -250,14 +250,19 @@ def decoding(B: int) -> dict:
 
 # ---- parts: whole runs ----
 
-def evaluation() -> dict:
-    """Seconds of what a run does beside steps: its beginning, with a compilation, and the second
-    evaluation with the best model's saving, and checkpoint."""
-    lines = train("evaluation", batch[0], "--max_steps=14", "--eval_interval=6")
-    s1, s10, s11, s12, s13 = (when(lines, f"step {n:5}/") for n in (1, 10, 11, 12, 13))
-    step_s = s11 - s10
+def run() -> dict:
+    """Seconds of what a run does beside steps: its beginning, with a compilation; the second
+    evaluation, with the best model's saving; a checkpoint; a stop by SIGTERM, from which it goes
+    on. And the losses around that."""
+    from run import Metrics
+    words = ["--max_steps=20", "--eval_interval=6", "--eval_tokens=1000000"]
+    lines = train("run", batch[0], *words, stop_at="step    14/")
+    s1, s10, s11, s12, s13, s14 = (when(lines, f"step {n:5}/") for n in (1, 10, 11, 12, 13, 14))
+    stopped, step_s = when(lines, "stopped by SIGTERM"), s11 - s10
+    train("run", batch[0], *words, "--init_from=resume")
+    losses = [row["train_loss"] for row in Metrics.read(Path(out, "run/metrics.jsonl"))]
     return {"begin_s": s1, "step_s": step_s, "evaluation_s": s12 - s11 - step_s,
-            "saving_s": s13 - s12 - step_s}
+            "saving_s": s13 - s12 - step_s, "stopped_after_s": stopped - s14, "losses": losses}
 
 
 def fine_tuning(kind: str, *words) -> dict:
@@ -313,18 +318,6 @@ def race_nanogpt() -> dict:
             "curve": np.stack([ms.cumsum() / 1e3, losses], 1).tolist()}
 
 
-def stop() -> dict:
-    """SIGTERM after step 12 of a run, which then goes on: seconds, and losses around it."""
-    from run import Metrics
-    words = ["--max_steps=20", "--eval_tokens=100000", "--compile=False"]
-    lines = train("stop", batch[0], *words, stop_at="step    12/")
-    waited = when(lines, "stopped by SIGTERM") - when(lines, "step    12/")
-    train("stop", batch[0], *words, "--init_from=resume")
-    rows = Metrics.read(Path(out, "stop/metrics.jsonl"))
-    losses = {row["step"]: row["train_loss"] for row in rows}
-    return {"stopped_after_s": waited, "losses": [losses.get(n) for n in range(10, 21)]}
-
-
 # ---- all of it ----
 
 def contents() -> dict:
@@ -335,12 +328,12 @@ def contents() -> dict:
             found[f"step-{who}-{B}"] = partial(step, who, B)
     found["profile"] = profile
     found |= {f"decode-{B}": partial(decoding, B) for B in decode_batch}
-    found |= {"data": data, "evaluation": evaluation,
+    found |= {"data": data, "run": run,
               "classification": partial(fine_tuning, "cls", f"--train_file={out}/sample.jsonl",
                                         "--max_tokens=256"),
               "instruction": partial(fine_tuning, "instruct", f"--data={out}/sample.jsonl",
                                      "--max_new_tokens=32", "--num_answers=0"),
-              "race": race, "race-nanogpt": race_nanogpt, "stop": stop}
+              "race": race, "race-nanogpt": race_nanogpt}
     return {name: work for name, work in found.items() if peer or "nanogpt" not in name}
 
 
