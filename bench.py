@@ -1,17 +1,15 @@
-"""How fast this machine trains, decodes and loads, beside transformers and nanoGPT, in turn.
+"""How fast this machine trains and decodes, beside transformers and nanoGPT, in turn.
 
     python bench.py train --peer=../nanoGPT                # a training step of GPT-2 124M
     python bench.py train --batch_size=1 --block_size=1024 --kinds float32 bfloat16
     python bench.py race --dataset=ts --peer=../nanoGPT    # seconds to a validation loss
     python bench.py instruct --data=FILE                   # LoRA, beside transformers and PEFT
     python bench.py decode --new 64 256 --batch 1 8 --peer=../nanoGPT --repeats=5
-    python bench.py load --preset=gpt2-xl
 """
 
 import contextlib
 import importlib.util
 import json
-import os
 import random
 import re
 import statistics
@@ -165,49 +163,42 @@ def train():
         raise ValueError(f"kinds={kinds} has nothing to train in: float32, bfloat16 or float16")
     names = ["ours", *others()]
     found = in_turn({(who, kind): partial(child, "step", who, kind)
-                     for kind in autocast for who in names})  # (repeats, steps, 4)
+                     for kind in autocast for who in names})  # (repeats, steps, 2)
     print(f"{describe(Device(device))}: {steps} steps of {batch_size} x {block_size} tokens each")
     flops = GPT(PRESETS[preset]).flops_per_token(block_size)
     for kind in autocast:
         env = Device(device, kind)
         peak = env.peak_flops() or matmul_rate(env)
         print(f"\n{kind}; 1.00 of peak is {peak / 1e12:.3f} TFLOP/s"
-              f"\n{'':13}{'tok/s':>9}{'of peak':>9}{'peak GB':>9}{'forward':>9}{'backward':>9}"
-              f"{'update':>9}{'x ours':>8}")
+              f"\n{'':13}{'tok/s':>9}{'of peak':>9}{'peak GB':>9}{'x ours':>8}")
         speed = {}
         for who in names:
-            *parts, memory = np.median(found[who, kind], (0, 1))
-            seconds = np.median(found[who, kind][..., :3].sum(-1))  # of a step
+            seconds, memory = np.median(found[who, kind], (0, 1))
             speed[who] = batch_size * block_size / seconds
-            columns = "".join(f"{1e3 * part:7.0f}ms" for part in parts)
             print(f"{who:13}{speed[who]:9,.0f}{speed[who] * flops / peak:9.2f}{memory:9.2f}"
-                  f"{columns}{speed[who] / speed['ours']:8.2f}")
+                  f"{speed[who] / speed['ours']:8.2f}")
 
 
 def step(who: str, kind: str) -> list:
-    """[seconds forward, backward, of the update, peak of memory in GB] of each step of one network,
-    trained as its users train it."""
+    """[seconds, peak of memory in GB] of each step of one network, trained as its users train it."""
     env = Device(device, kind)
     if who == "ours" and env.type == "cpu":
         keep_freed_memory()  # as train.py does; the others are measured as they are used
     model = build(who, env).train()
     loss_of, update = trainer(who, model, env)
-    V, parts = PRESETS[preset].vocab_size, []
+    V, found = PRESETS[preset].vocab_size, []
     for _ in range(steps + 1):
         ids = torch.randint(V, (batch_size, block_size + 1), device=env.device)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        clock = [now()]
+        start = now()
         with env.autocast():
             loss = loss_of(x, y)
-        clock.append(now())
         loss.backward()
-        clock.append(now())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         update.step()
         update.zero_grad(set_to_none=True)
-        clock.append(now())
-        parts.append([*np.diff(clock), (env.peak_memory() or 0) / 1e9])
-    return parts[1:]
+        found.append([now() - start, (env.peak_memory() or 0) / 1e9])
+    return found[1:]
 
 
 def trainer(who: str, model, env) -> tuple:
@@ -429,46 +420,8 @@ def decode():
                 print(row, flush=True)
 
 
-# ---- loading ----
-
-def load():
-    """Loads one saved model in fresh processes, ours and transformers' in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = build("ours", Device("cpu"))
-        model.save_pretrained(folder)
-        size = model.num_params() * 4 / 1e6
-        child("load_once", "ours", folder)  # reads the file into the page cache
-        found = in_turn({who: partial(child, "load_once", who, folder)
-                         for who in ("ours", "transformers")})
-    print(f"{describe(Device('cpu'))}; {size:,.0f} MB in float32, from the page cache\n"
-          f"{'':14}{'seconds':>9}{'MB':>10}{'of its size':>13}")
-    for who, runs in found.items():
-        seconds, memory = np.median(runs, 0)
-        print(f"{who:14}{seconds:9.2f}{memory:10,.0f}{memory / size:13.2f}")
-
-
-def load_once(who: str, folder: str) -> list:
-    """(seconds, MB of anonymous memory) of loading a model and reading every weight once."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if who == "ours":
-        Model = GPT
-    else:
-        from transformers import GPT2LMHeadModel as Model
-    before, start = anonymous_mb(), time.perf_counter()
-    model = Model.from_pretrained(folder)
-    for p in model.parameters():
-        p.sum().item()
-    return [time.perf_counter() - start, anonymous_mb() - before]
-
-
-def anonymous_mb() -> float:
-    """Memory of this process that is not mapped from files."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) / 1e3
-
-
-COMMANDS = {"train": train, "race": race, "instruct": instruct, "decode": decode, "load": load}
-PARTS = {"step": step, "peft": peft, "load_once": load_once}  # of these, in processes of their own
+COMMANDS = {"train": train, "race": race, "instruct": instruct, "decode": decode}
+PARTS = {"step": step, "peft": peft}  # of these, in processes of their own
 
 
 def main(command, *words):

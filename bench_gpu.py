@@ -3,7 +3,7 @@
     python bench_gpu.py --peer=../nanoGPT                   # make gpu
     python bench_gpu.py --parts step-adamw decode           # those whose names begin so
     python bench_gpu.py --batch 16 32 48 64 --parts step
-    python bench_gpu.py stop --device=cpu                   # one part alone; nothing is kept
+    python bench_gpu.py --alone=run --device=cpu            # one part here, and nothing is kept
 
 The parts stand in the order of their worth, take up to a minute or two each, and do without each
 other. Each result is in OUT/results.json as soon as it is there, and its part is skipped from then
@@ -14,25 +14,33 @@ installed here, as such a machine may have no network.
 
 import json
 import os
+import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from contextlib import suppress
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-from configurator import run as run_script
-from files import HERE, write_text
+import numpy as np
+import torch
 
-# torch and what else may be missing on a bare machine is imported where it is needed
+from configurator import run as run_script
+from decode import prepare
+from device import Device
+from files import HERE, read_json, write_text
+from model import GPT, GPTConfig
+from optim import build_optimizer
+
+# the others of our modules want more than torch, numpy and safetensors: imported where needed
 
 out = "out/gpu"  # folder of results.json, and of what the parts write
 parts: list[str] = []  # beginnings of the names of parts; none: all
+alone: str | None = None  # the one part to run in this process, which prints its result
 peer: str | None = None  # folder of a nanoGPT checkout
 limit = 180  # seconds, after which a part is ended
 device = "auto"  # cpu, cuda, cuda:1
@@ -50,155 +58,132 @@ decode_batch = [1, 8, 64, 256]  # texts decoded together
 new = 256  # tokens of each
 # the text
 text_mb = 96.0  # of Python source
-vocab_size = 16_384  # of a BPE that is learned from it; 256: bytes
+vocab_size = 16_384  # of a BPE that is learned from it
 
 
-# ---- processes ----
+# ---- clocks and processes ----
 
-def python(*words, at: str | None = None, do=None) -> list[tuple[float, str]]:
-    """(seconds, line) of what a Python command prints; do(process) after the first line with `at`
-    in it. ValueError with its last line if it fails."""
-    start, lines = time.perf_counter(), []
-    words = [sys.executable, "-u", *map(str, words)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace") as process:
+def now() -> float:
+    """Seconds of a clock, read when a GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(work, burst: int = 5) -> float:
+    """Mean seconds of some work, repeated for a tenth of `seconds`; a GPU is waited for only after
+    each burst."""
+    for _ in range(3):
+        work()
+    start, count = now(), 0
+    while now() < start + seconds / 10:
+        for _ in range(burst):
+            work()
+        count += burst
+    return (now() - start) / count
+
+
+def python(*words, cwd=None, stop_at: str | None = None) -> list[tuple[float, str]]:
+    """(seconds, line) of what a Python command prints, also to stderr; it gets SIGTERM at the line
+    with stop_at in it. ValueError with its last line if it fails."""
+    start, lines = time.perf_counter(), [(0.0, "")]
+    with subprocess.Popen([sys.executable, "-u", *map(str, words)], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, errors="replace", cwd=cwd) as process:
         for line in process.stdout:
-            lines.append((time.perf_counter() - start, line.rstrip()))
-            if at and at in line:
-                do(process)
-                at = None
+            sys.stderr.write(line)
+            lines.append((time.perf_counter() - start, line.strip()))
+            if stop_at and stop_at in line:
+                process.terminate()
     if process.returncode:
-        last = next((line for _, line in reversed(lines) if line), "-")
-        raise ValueError(f"{Path(words[2]).name} failed: {last}")
+        raise ValueError(f"exit status {process.returncode}: {lines[-1][1]}")
     return lines
 
 
-def script(name: str, folder: str, *words, config="", **more) -> list[tuple[float, str]]:
-    """The same of a training script of ours, which writes into a folder of its own."""
-    return python(HERE / name, *config.split(), f"--out_dir={out}/{folder}", "--overwrite",
-                  f"--device={device}", f"--dtype={dtype}", "--log_interval=1", *words, **more)
+def measure(name: str) -> dict:
+    """The result of a part in a process of its own, with its own memory."""
+    lines = python(__file__, *sys.argv[1:], f"--alone={name}")
+    result = next(line for _, line in reversed(lines) if line.startswith("{"))
+    return json.loads(result, parse_float=lambda number: float(f"{float(number):.5g}"))
 
 
 def when(lines, word: str) -> float:
-    """Seconds at which the first line with a word in it came."""
-    return next(second for second, line in lines if word in line)
+    """Seconds after which the first line with a word in it came."""
+    for second, line in lines:
+        if word in line:
+            return second
+    raise ValueError(f"no line has {word!r}")
 
 
-# ---- the text, and a model ----
-
-def source() -> Path:
-    """A file with the Python source of the installed packages, a document and package a line."""
-    path = Path(out, "source.jsonl")
-    if path.is_file():
-        return path
-    import numpy
-    rows, size, folder = [], 0, Path(numpy.__file__).parents[1]
-    files = sorted(folder.rglob("*.py"))
-    random.Random(0).shuffle(files)
-    for file in files:
-        with suppress(OSError, UnicodeDecodeError):
-            text, package = file.read_text(encoding="utf-8"), file.relative_to(folder).parts[0]
-            rows.append(json.dumps({"text": text, "package": package}))
-            size += len(text)
-        if size > text_mb * 1e6:
-            break
-    write_text(path, "\n".join(rows) + "\n")
-    return path
+def script(name: str, folder: str, *words, **more) -> list[tuple[float, str]]:
+    """The same of a training script of ours, which writes into a folder of its own."""
+    data()
+    return python(HERE / name, *words, f"--out_dir={out}/{folder}", f"--device={device}",
+                  f"--dtype={dtype}", f"--overwrite={'--init_from=resume' not in words}", **more)
 
 
-def dataset() -> str:
-    """The option --dataset for token shards of the source."""
-    folder, tokenizer = Path(out, "data"), "bytes"
-    if not (folder / "meta.json").is_file():
-        if vocab_size > 256:
-            tokenizer, sample = Path(out, "bpe.json"), Path(out, "sample.jsonl")
-            with open(source(), encoding="utf-8") as file:
-                write_text(sample, "".join(islice(file, 0, None, 8)))
-            python(HERE / "tokenizer.py", "train", f"--input={sample}", f"--out={tokenizer}",
-                   f"--vocab_size={vocab_size}")
-        python(HERE / "prepare_text.py", f"--name={folder}/", f"--input={source()}",
-               f"--tokenizer={tokenizer}", "--val_fraction=0.1")
-    return f"--dataset={folder}/"
-
-
-def base() -> str:
-    """The option --init_from for a model with random weights, and the tokenizer of the text."""
-    from checkpoint import save_best
-    from model import GPT, GPTConfig
-    from tokenizer import open_tokenizer
-    dataset()
-    tokenizer = open_tokenizer(Path(out, "data", "tokenizer.json"))
-    model = GPT(GPTConfig(block_size, tokenizer.vocab_size, n_layer, n_head, n_embd))
-    save_best(Path(out, "base"), model, tokenizer)
-    return f"--init_from={out}/base/best"
+def train(folder: str, B: int, *words, **more) -> list[tuple[float, str]]:
+    """The same of train.py, with the network and the text."""
+    return script("train.py", folder, *words, f"--dataset={out}/data/", *network(),
+                  f"--batch_size={B}", "--log_interval=1", "--sample_tokens=0", **more)
 
 
 def network() -> list[str]:
-    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size}
-    return [f"--{name}={value}" for name, value in sizes.items()]
+    """The options of its sizes, for train.py and for nanoGPT's."""
+    names = "n_layer", "n_head", "n_embd", "block_size"
+    return [f"--{name}={globals()[name]}" for name in names]
+
+
+def data() -> dict:
+    """Makes, where they are missing, OUT/source.jsonl, a document for each file of the installed
+    packages, with the fields that fine-tunings read; OUT/sample.jsonl, some of them; and OUT/data,
+    token shards of all."""
+    if Path(out, "data/meta.json").is_file():
+        return {}
+    files = sorted(Path(np.__file__).parents[1].rglob("*.py"))
+    random.Random(0).shuffle(files)
+    rows, size = [], 0
+    n = min(200, block_size // 4)  # letters, of which a question and its answer fit the context
+    for file in files:
+        with suppress(OSError, UnicodeDecodeError):
+            text = file.read_text("ascii")
+            rows.append(json.dumps({
+                "text": text, "label": "classes" if "\nclass " in text else "none",
+                "instruction": "Go on.", "input": text[:n], "output": text[n:2 * n]}))
+            size += len(text)
+        if size > text_mb * 1e6:
+            break
+    write_text(Path(out, "source.jsonl"), "\n".join(rows))
+    write_text(Path(out, "sample.jsonl"), "\n".join(rows[:2000]))
+    python(HERE / "tokenizer.py", "train", f"--input={out}/sample.jsonl", f"--out={out}/bpe.json",
+           f"--vocab_size={vocab_size}")
+    python(HERE / "prepare_text.py", f"--name={out}/data/", f"--input={out}/source.jsonl",
+           f"--tokenizer={out}/bpe.json")
+    return {"files": len(rows), "mb": size / 1e6}
 
 
 # ---- parts: the machine and its tests ----
 
-def wait():
-    """Until a GPU has done all that it was given."""
-    import torch
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(work) -> float:
-    """Mean seconds of some work that is repeated for a tenth of `seconds`."""
-    for _ in range(3):
-        work()
-    wait()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() < start + seconds / 10:
-        for _ in range(5):
-            work()
-        wait()
-        count += 5
-    return (time.perf_counter() - start) / count
-
-
 def machine() -> dict:
     """Names and versions, and what the chip does at the most: a product and a copy."""
-    import torch
-
-    from device import Device
     env = Device(device, dtype)
-    found = {"device": env.name(), "dtype": str(env.dtype), "torch": torch.__version__,
-             "python": sys.version.split()[0], "cpus": os.cpu_count(),
-             "peak_tflops": (env.peak_flops() or 0) / 1e12 or None}
-    if env.type == "cuda":
-        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-                  "memory_gb": torch.cuda.get_device_properties(env.device).total_memory / 1e9}
     n = 8192 if env.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=env.device, dtype=env.dtype) for _ in range(2))
-    return found | {"product_tflops": 2 * n**3 / timed(lambda: a @ a) / 1e12,
-                    "copy_gb_per_s": 2 * a.nbytes / timed(lambda: b.copy_(a)) / 1e9}
+    return {"device": env.name(), "cpus": os.cpu_count(), "dtype": str(env.dtype),
+            "torch": torch.__version__, "python": sys.version.split()[0],
+            "product_tflops": 2 * n**3 / timed(lambda: a @ a) / 1e12,
+            "copy_gb_per_s": 2 * a.nbytes / timed(lambda: b.copy_(a)) / 1e9}
 
 
 def tests() -> dict:
     """What tests/test_gpu.py finds, on the chip itself."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=line", "-rfE",
-                           HERE / "tests" / "test_gpu.py"], cwd=HERE, capture_output=True,
-                          text=True, check=False)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    if not re.search("passed|failed", lines[-1]):  # no test was run
-        raise ValueError(lines[-1])
-    return {"summary": lines[-1], "failed": [line for line in lines if line[:6] == "FAILED"]}
+    lines = python("-m", "pytest", "-q", "--tb=short", HERE / "tests/test_gpu.py", cwd=HERE)
+    return {"summary": lines[-1][1]}
 
 
 # ---- parts: steps ----
 
-def trainer(who: str, B: int):
-    """(forward and backward pass, update, Device, FLOPs of a token) of a network and optimizer."""
-    import torch
-
-    from device import Device
-    from model import GPT, GPTConfig
-    from optim import build_optimizer
+def trainer(who: str, B: int) -> tuple:
+    """(function of a training step, Device, FLOPs of a token) of a network and optimizer."""
     env, rate, betas, decay = Device(device, dtype), 6e-4, (0.9, 0.95), 0.1
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size, 50257, n_layer, n_head, n_embd))
@@ -217,175 +202,120 @@ def trainer(who: str, B: int):
     parameters = [*model.parameters()]
     x, y = torch.randint(50257, (2, B, block_size), device=env.device)
 
-    def micro():
+    def work():
         with env.autocast():
             loss = net(x, y)[1]
         env.scaler.scale(loss).backward()
-
-    def update():
         env.update(optimizer, parameters, 1.0)
-    return micro, update, env, flops
+    return work, env, flops
 
 
 def step(who: str, B: int) -> dict:
-    """Speed of micro-steps, and of whole steps with an update in each."""
-    micro, update, env, flops = trainer(who, B)
-
-    def whole():
-        micro()
-        update()
-    start = time.perf_counter()
-    whole()
-    wait()
-    first = time.perf_counter() - start
-    step_s, micro_s = timed(whole), timed(micro)
-    tokens, peak = B * block_size, env.peak_flops()
-    return {"tokens_per_s": tokens / step_s, "micro_tokens_per_s": tokens / micro_s,
-            "update_ms": 1e3 * (step_s - micro_s), "mfu": peak and flops * tokens / step_s / peak,
-            "micro_mfu": peak and flops * tokens / micro_s / peak,
+    """Speed and memory of steps with an update in each; the first one compiles."""
+    work, env, flops = trainer(who, B)
+    start = now()
+    work()
+    first = now() - start
+    rate, peak = B * block_size / timed(work), env.peak_flops()
+    return {"tokens_per_s": rate, "mfu": peak and flops * rate / peak,
             "peak_gb": (env.peak_memory() or 0) / 1e9, "first_step_s": first}
 
 
 def profile() -> dict:
-    """The longest kernels of three steps, and how long the GPU has nothing to do."""
-    import torch
-    from torch.profiler import ProfilerActivity
-    micro, update, env, _ = trainer("adamw", batch[0])
-    gpu = env.type == "cuda"
-    kinds = [ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]
-    for _ in range(3):
-        micro()
-        update()
-    with torch.profiler.profile(activities=kinds) as prof:
-        start = time.perf_counter()
+    """torch's table of the operations and kernels that take longest, of three steps."""
+    work, env, _ = trainer("adamw", batch[0])
+    step_s = timed(work)
+    with torch.profiler.profile() as found:
         for _ in range(3):
-            micro()
-            update()
-        wait()
-        wall = 1e6 * (time.perf_counter() - start)
-    of = "self_device_time_total" if gpu else "self_cpu_time_total"
-    events = sorted(prof.key_averages(), key=lambda event: -getattr(event, of))
-    busy = sum(getattr(event, of) for event in events)
-    return {"step_ms": wall / 3e3, "gaps": 1 - busy / wall, "kernels": [
-        {"name": event.key[:90], "ms": getattr(event, of) / 3e3, "count": event.count / 3,
-         "share": getattr(event, of) / busy} for event in events[:20]]}
+            work()
+        now()
+    order = f"self_{'device' if env.type == 'cuda' else 'cpu'}_time_total"
+    table = found.key_averages().table(order, row_limit=25)
+    return {"step_ms": 1e3 * step_s, "table": table.splitlines()}
 
 
 def decoding(B: int) -> dict:
-    """Tokens/s of greedy texts, by plain steps, by a CUDA graph, and that of fused kernels."""
-    import torch
-
-    import decode
-    from device import Device
-    from model import GPT, GPTConfig
+    """Tokens/s of greedy texts: by plain steps, and by prepared ones, of a GPU compiled, too."""
     env, found = Device(device, dtype), {}
     idx = torch.randint(50257, (B, min(16, block_size // 2)), device=env.device)
     n = min(new, block_size - idx.size(1))
-    for name, compile in {"plain": None, "fast": False, "compiled": True}.items():
-        if compile and env.type != "cuda":
-            continue
+    for name in ("plain", "fast", "compiled")[:3 if env.type == "cuda" else 2]:
         model = GPT(GPTConfig(block_size, 50257, n_layer, n_head, n_embd)).eval()
         model = model.to(env.device, env.dtype)
-        if compile is not None:
-            decode.prepare(model, compile=compile)
-        model.generate(idx, n, temperature=0)
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() < start + seconds / 10:
-            model.generate(idx, n, temperature=0).tolist()  # which waits for it
-            count += B * n
-        found[name] = count / (time.perf_counter() - start)
+        if name != "plain":
+            prepare(model, compile=name == "compiled")
+        found[name] = B * n / timed(partial(model.generate, idx, n, 0), burst=1)
     return found
 
 
 # ---- parts: whole runs ----
 
-def records(count: int) -> list[dict]:
-    with open(source(), encoding="utf-8") as file:
-        return [json.loads(line) for line in islice(file, count)]
+def run() -> dict:
+    """Seconds of what a run does beside steps: its beginning, with a compilation; the second
+    evaluation, with the best model's saving; a checkpoint; a stop by SIGTERM, from which it goes
+    on. And the losses around that."""
+    from run import Metrics
+    words = ["--max_steps=20", "--eval_interval=6", "--eval_tokens=1000000"]
+    lines = train("run", batch[0], *words, stop_at="step    14/")
+    s1, s10, s11, s12, s13, s14 = (when(lines, f"step {n:5}/") for n in (1, 10, 11, 12, 13, 14))
+    stopped, step_s = when(lines, "stopped by SIGTERM"), s11 - s10
+    train("run", batch[0], *words, "--init_from=resume")
+    losses = [row["train_loss"] for row in Metrics.read(Path(out, "run/metrics.jsonl"))]
+    return {"begin_s": s1, "step_s": step_s, "evaluation_s": s12 - s11 - step_s,
+            "saving_s": s13 - s12 - step_s, "stopped_after_s": stopped - s14, "losses": losses}
 
 
-def results(folder: str, *names) -> dict:
-    """Measures of a fine-tuning, and the seconds that its updates took."""
-    found = json.loads(Path(out, folder, "results.json").read_text(encoding="utf-8"))
-    return {name: found[name] for name in ("seconds", *names)}
-
-
-def metrics(folder: str) -> list[dict]:
-    text = Path(out, folder, "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def evaluation() -> dict:
-    """Seconds of what a run does beside steps: its beginning (with a compilation), and, the second
-    time, evaluation with the best model's saving, a sample, and a checkpoint."""
-    lines = script("train.py", "evaluation", dataset(), *network(), f"--batch_size={batch[0]}",
-                   "--max_steps=14", "--eval_interval=6")
-    begun = when(lines, "training tokens; ")
-    step_1, step_10, step_11, step_12, step_13 = (when(lines, f"step {n:5}/")
-                                                  for n in (1, 10, 11, 12, 13))
-    sample = when([line for line in lines if line[0] > step_12], "--- a sample")
-    step_s = step_11 - step_10
-    return {"begin_s": begun, "first_step_s": step_1 - begun, "step_s": step_s,
-            "evaluation_s": step_12 - step_11 - step_s, "sample_s": sample - step_12,
-            "saving_s": step_13 - sample - step_s}
-
-
-def classification() -> dict:
-    """Texts/s of finetune_cls.py, which tells from which of two packages a file is."""
-    rows = records(4000)
-    classes = [name for name, _ in Counter(row["package"] for row in rows).most_common(2)]
-    texts = [json.dumps({"text": row["text"][:1000], "label": row["package"]})
-             for row in rows if row["package"] in classes]
-    write_text(Path(out, "texts.jsonl"), "\n".join(texts) + "\n")
-    script("finetune_cls.py", "classification", base(), f"--train_file={out}/texts.jsonl",
-           "--epochs=1", "--log_interval=20")
-    return results("classification", "texts_per_s", "updates", "dev_accuracy")
-
-
-def instruction() -> dict:
-    """Answer tokens/s of finetune_instruct.py, which goes on with a file."""
-    n = min(200, block_size // 4)  # bytes at the most, so that both fit the context
-    parts = [(row["text"][:n], row["text"][n:2 * n]) for row in records(1000)]
-    write_text(Path(out, "records.json"), json.dumps([
-        {"instruction": "Go on.", "input": begin, "output": end} for begin, end in parts
-        if end.strip() and f"{begin}{end}".isascii()]))
-    script("finetune_instruct.py", "instruction", base(), f"--data={out}/records.json",
-           "--epochs=1", "--max_new_tokens=32", "--num_answers=0", "--log_interval=20")
-    return results("instruction", "tokens_per_s", "loss_before", "loss", "peak_memory_mb")
+def fine_tuning(kind: str, *words) -> dict:
+    """The numbers in results.json of an epoch of fine-tuning: texts/s or answer tokens/s, losses,
+    seconds of the updates. It starts from a run of one update."""
+    if not Path(out, "base/ckpt.pt").is_file():
+        train("base", 1, "--max_steps=1", "--eval_tokens=1", "--compile=False")
+    script(f"finetune_{kind}.py", kind, f"--init_from={out}/base", "--epochs=1", *words)
+    found = read_json(Path(out, kind, "results.json"))
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
 
 
 def race() -> dict:
-    """Loss against seconds of config/tinystories_fast.py's recipe, in as many updates as `seconds`
-    are enough for."""
-    name = f"step-muon-{batch[-1]}"
-    speed = kept().get(name) or json.loads(python(__file__, name, *sys.argv[2:])[-1][1])
-    steps = max(4, int(seconds * speed["tokens_per_s"] / total_batch_tokens))
-    script("train.py", "race", dataset(), *network(),
-           f"--batch_size={batch[-1]}", f"--total_batch_tokens={total_batch_tokens}",
-           f"--max_steps={steps}", f"--warmup_steps={min(20, steps // 4)}", "--sample_tokens=0",
-           config="config/tinystories_fast.py")
-    rows = metrics("race")
-    curve = [(row["elapsed_s"], row["train_loss"]) for row in rows]
-    return {"val_loss": rows[-1]["val_loss"], "seconds": curve[-1][0], "steps": steps,
-            "curve": curve[::len(curve) // 50 + 1]}
+    """Loss against seconds of config/tinystories_fast.py's recipe."""
+    from run import Metrics
+    B, steps, warmup = updates("muon")
+    train("race", B, "config/tinystories_fast.py", f"--total_batch_tokens={total_batch_tokens}",
+          f"--max_steps={steps}", f"--warmup_steps={warmup}")
+    rows = Metrics.read(Path(out, "race/metrics.jsonl"))
+    return {"val_loss": rows[-1]["val_loss"],
+            "curve": [(row["elapsed_s"], row["train_loss"]) for row in rows]}
 
 
-def stop() -> dict:
-    """SIGTERM after step 12 of a run, which then goes on: seconds, and losses around it."""
-    signalled = []
+def updates(who: str) -> tuple[int, int, int]:
+    """(B, updates of a race that `seconds` are enough for, updates of its warmup)."""
+    name = f"step-{who}-{batch[-1]}"
+    found = kept().get(name) or measure(name)
+    steps = max(4, int(seconds * found["tokens_per_s"] / total_batch_tokens))
+    return batch[-1], steps, min(20, steps // 4)
 
-    def end(process):
-        process.send_signal(signal.SIGTERM)
-        signalled.append(time.perf_counter())
-    argv = [dataset(), *network(), f"--batch_size={batch[0]}", "--max_steps=20",
-            "--eval_tokens=100000", "--sample_tokens=0", "--compile=False"]
-    lines = script("train.py", "stop", *argv, at="step    12/", do=end)
-    waited = time.perf_counter() - signalled[0]
-    if not any("stopped by SIGTERM" in line for _, line in lines):
-        raise ValueError("the run did not stop at SIGTERM")
-    script("train.py", "stop", *argv, "--init_from=resume", "--overwrite=False")
-    losses = {row["step"]: row["train_loss"] for row in metrics("stop")}
-    return {"stopped_after_s": waited, "losses": [losses.get(n) for n in range(10, 21)]}
+
+def race_nanogpt() -> dict:
+    """The same of nanoGPT's train.py and its recipe, on the same text. Its validation loss is of 50
+    random batches, ours of the first 2 M tokens."""
+    data()
+    B, steps, warmup = updates("nanogpt")
+    kind, folder = Device(device).type, Path(out, "nanogpt").resolve()
+    folder.mkdir(exist_ok=True)
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+    for split in ("train", "val"):
+        shutil.copyfile(Path(out, "data", f"{split}_00000.bin"), folder / f"{split}.bin")
+    lines = python(
+        "train.py", *network(), f"--dataset={folder}", f"--out_dir={folder}", f"--device={kind}",
+        f"--compile={kind == 'cuda'}", f"--batch_size={B}", f"--max_iters={steps}",
+        f"--gradient_accumulation_steps={max(1, total_batch_tokens // (B * block_size))}",
+        f"--lr_decay_iters={steps}", f"--warmup_iters={warmup}", f"--eval_interval={steps}",
+        "--eval_iters=50", "--log_interval=1", cwd=peer)
+    text = "\n".join(line for _, line in lines)
+    found = re.findall(r"iter \d+: loss ([\d.]+), time ([\d.]+)ms", text)
+    losses, ms = np.array(found, float).T[:, :steps]
+    ms[0] = np.median(ms)  # which holds an evaluation and the compilation
+    return {"val_loss": float(re.findall(r"val loss ([\d.]+)", text)[-1]),
+            "curve": np.stack([ms.cumsum() / 1e3, losses], 1).tolist()}
 
 
 # ---- all of it ----
@@ -398,61 +328,42 @@ def contents() -> dict:
             found[f"step-{who}-{B}"] = partial(step, who, B)
     found["profile"] = profile
     found |= {f"decode-{B}": partial(decoding, B) for B in decode_batch}
-    found |= {"data": dataset, "evaluation": evaluation, "classification": classification,
-              "instruction": instruction, "race": race, "stop": stop}
+    found |= {"data": data, "run": run,
+              "classification": partial(fine_tuning, "cls", f"--train_file={out}/sample.jsonl",
+                                        "--max_tokens=256"),
+              "instruction": partial(fine_tuning, "instruct", f"--data={out}/sample.jsonl",
+                                     "--max_new_tokens=32", "--num_answers=0"),
+              "race": race, "race-nanogpt": race_nanogpt}
     return {name: work for name, work in found.items() if peer or "nanogpt" not in name}
 
 
 def kept() -> dict:
     """The results that are there."""
     path = Path(out, "results.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
-def show(value) -> str:
-    """Numbers and names in a line, without lists."""
-    if not isinstance(value, dict):
-        return str(value)
-    return ", ".join(f"{key} {entry:,.4g}" if isinstance(entry, float) else f"{key} {entry}"
-                     for key, entry in value.items() if not isinstance(entry, list))
-
-
-def main(*words):
+def main():
     works = contents()
-    if words:
-        if unknown := {*words} - {*works}:
-            raise ValueError(f"there is no part {min(unknown)}; parts: {', '.join(works)}")
-        for name in words:
-            print(json.dumps(works[name]()))
-        return
     chosen = [name for name in works if not parts or name.startswith(tuple(parts))]
-    if not chosen:
-        raise ValueError(f"no part begins with {parts}; parts: {', '.join(works)}")
-    for name in chosen:
-        if name not in kept():
-            measure(name)
-
-
-def measure(name: str):
-    """A part in a process of its own, with its own memory, and its result in results.json."""
-    start = time.perf_counter()
-    with subprocess.Popen([sys.executable, __file__, name, *sys.argv[1:]], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0) as child:
-        try:
-            text, errors = child.communicate(timeout=limit)
-        except BaseException as e:
-            os.killpg(child.pid, signal.SIGKILL)  # with the runs that it has started
-            if not isinstance(e, subprocess.TimeoutExpired):
-                raise
-            text, errors = "", f"it was ended after {limit} seconds"
-    head = f"{name:16}{time.perf_counter() - start:6.1f} s  "
-    if child.returncode:
-        print(f"{head}failed: {(errors.strip() or '-').splitlines()[-1]}", flush=True)
+    if not chosen or alone not in (None, *works):
+        raise ValueError(f"no part of that name; parts: {', '.join(works)}")
+    if alone:
+        signal.alarm(limit)  # a script that it runs ends, too: its output is closed then
+        print(json.dumps(works[alone]()))
         return
-    value = json.loads(text.splitlines()[-1])
-    write_text(Path(out, "results.json"), json.dumps(kept() | {name: value}, indent=1) + "\n")
-    print(f"{head}{show(value)}", flush=True)
+    for name in chosen:
+        if name in kept():
+            continue
+        start = time.perf_counter()
+        try:
+            found = measure(name)
+            text = json.dumps(kept() | {name: found}, indent=1)
+            write_text(Path(out, "results.json"), f"{text}\n")
+        except ValueError as e:
+            found = f"failed: {e}"
+        print(f"{name:16}{time.perf_counter() - start:6.1f} s  {found!s:.200}", flush=True)
 
 
 if __name__ == "__main__":
-    run_script(main, globals(), positionals=True)
+    run_script(main, globals())

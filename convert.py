@@ -139,11 +139,6 @@ def describe_tokenizer(tok) -> dict:
     if tok.eos_id is None:
         said["Elsewhere"] = ("there is no end-of-text, so what needs one to stop or to pad does "
                              "not work: lm_eval, TRL, llama.cpp, batches of texts")
-    elif tok.name in ("char", "bytes"):
-        said["Elsewhere"] = "llama.cpp has no tokenizer of this kind; transformers has"
-    if tok.eos_id is not None and tok.pad_id == tok.eos_id:
-        said["Padding"] = ("with end-of-text; a data collator that hides the padding from the "
-                           "labels hides end-of-text, too")
     if tok.special:
         said["Special tokens"] = (", ".join(f"`{token}`" for token in tok.special) + "; "
                                   "transformers makes them of every text that has them written out")

@@ -64,7 +64,6 @@ classes: list[str] = []  # all labels, in order; empty: those that training has
 lowercase = False  # lower case, punctuation apart: for a base model that was trained on such text
 max_tokens: int | None = None  # of a text, or pair with its prompt; None: the model's context
 keep = "head"  # what is kept of a longer one: its head or its tail
-score_test: bool | None = None  # None: where the test split has labels
 # what is trained
 mode = "full"  # full, last_layer, last_blocks (with the final LayerNorm), lora
 train_blocks = 2  # of last_blocks
@@ -117,10 +116,10 @@ class Example(NamedTuple):
     label: str | None  # the name of its class
 
 
-def make_examples(table: list[dict], where: str, labels: bool | None) -> list[Example]:
-    """The examples of a table, whose rows count from 1; null is an empty text. labels: True needs
-    them, None takes them where there are some, False does not look. ValueError for a row without a
-    text, and for one whose label is missing or a fraction."""
+def make_examples(table: list[dict], where: str, needs_labels: bool) -> list[Example]:
+    """The examples of a table, whose rows count from 1; null is an empty text. Labels that are not
+    needed may be missing, but then all. ValueError for a row without a text, and for one whose
+    label is missing or a fraction."""
     if not table or not all(isinstance(row, dict) for row in table):
         raise ValueError(f"{where} has no rows, or some without named columns")
     examples = []
@@ -135,33 +134,31 @@ def make_examples(table: list[dict], where: str, labels: bool | None) -> list[Ex
         label = re.sub(r"^([+-]?\d+)\.0*$", r"\1", label)  # 1.0 is 1
         examples.append(Example(f"row {number} of {where}", str(row.get("id", number)).strip(),
                                 tuple(text or "" for text in texts), label))
-    some = any(example.label not in (*NO_LABEL, "-1") for example in examples)
-    labeled = some if labels is None else labels
-    for example in examples if labeled else []:
+    if not needs_labels and all(example.label in (*NO_LABEL, "-1") for example in examples):
+        return [example._replace(label=None) for example in examples]
+    for example in examples:
         if example.label in NO_LABEL or re.fullmatch(r"[+-]?\d*\.\d+", example.label):
             raise ValueError(f"{example.where} has the label {example.label!r} in the columns "
                              f"{label_column}, expected a word or a whole number")
-    return examples if labeled else [example._replace(label=None) for example in examples]
+    return examples
 
 
 def read_splits() -> dict[str, list[Example]]:
     """The splits train, dev and, where there is one, test, from files or the hub."""
     files = {"train": train_file, "dev": dev_file, "test": test_file}
     files = {name: Path(data_dir or "", file) for name, file in files.items() if file}
-    splits, needed = {}, {"train": True, "dev": True, "test": score_test}
+    splits = {}
     if dataset and not data_dir and not ("train" in files and files["train"].is_file()):
         hint = "give local files with --data_dir=FOLDER"
         for split, rows in hub_rows(dataset, ("train", "validation", "test"), hint).items():
             name = "dev" if split == "validation" else split
-            splits[name] = make_examples([*rows], f"{dataset}, {split}", needed[name])
+            splits[name] = make_examples([*rows], f"{dataset}, {split}", name != "test")
     elif train_file is None:
         raise ValueError("nothing to train on: give --train_file, or a config such as "
                          "config/finetune_sst.py with --data_dir=FOLDER")
     else:
         for name, file in files.items():
-            splits[name] = make_examples(read_table(file), file, needed[name])
-    if score_test and "test" not in splits:
-        raise ValueError("there is no test split to score; give --test_file")
+            splits[name] = make_examples(read_table(file), file, name != "test")
     if "dev" not in splits:
         train = splits["train"]
         n = max(1, round(dev_fraction * len(train)))
@@ -185,9 +182,8 @@ def class_numbers(examples: list[Example], names: list[str]) -> torch.Tensor:
     """Labels as numbers (N,); ValueError for one that is not among the names."""
     for example in examples:
         if example.label not in names:
-            hint = "" if dev_file else "; of a rare class dev may get all: try another --seed"
             raise ValueError(f"{example.where} has the label {example.label!r}, which is not among "
-                             f"the classes of training: {', '.join(names)}{hint}")
+                             f"the classes of training: {', '.join(names)}")
     return torch.tensor([names.index(example.label) for example in examples])
 
 
@@ -322,16 +318,14 @@ def load(name: str, names: list[str], env) -> tuple:
     fields, tensors = read_pretrained(folder) if config else ({}, {})
     if "score.weight" in tensors:  # without lm_head.weight, as transformers writes them
         weight = tensors.pop("score.weight")[1]().float()
-        if len(weight) != len(own):
-            raise ValueError(f"{folder}: its linear layer has {len(weight)} rows, its config.json "
-                             f"{len(own)} classes")
         fields |= {"dropout": dropout, "tie_word_embeddings": "lm_head.weight" not in tensors}
         gpt = GPT(make_config(GPTConfig, fields, folder))
         gpt.load_state_dict(fitting_tensors(tensors, gpt.state_dict(), name))
         tokenizer = model_tokenizer(folder) or open_tokenizer("gpt2")
-        if tokenizer.vocab_size > gpt.config.vocab_size:
-            raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, its model "
-                             f"{gpt.config.vocab_size} rows for them")
+        if len(weight) != len(own) or tokenizer.vocab_size > gpt.config.vocab_size:
+            raise ValueError(f"{folder}: its linear layer has {len(weight)} rows for {len(own)} "
+                             f"classes, its embedding {gpt.config.vocab_size} for "
+                             f"{tokenizer.vocab_size} ids")
     else:
         gpt, tokenizer = load_model(name, dtype=torch.float32, dropout=dropout)
     if tokenizer.eos_id is None:
@@ -355,7 +349,9 @@ def load(name: str, names: list[str], env) -> tuple:
 
 
 def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs: bool):
-    """OUT/best, and in its config.json what `classify` must know."""
+    """OUT/best, in its config.json what `classify` must know, in its README.md what others must."""
+    how = {"style": style, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
+           "lowercase": lowercase, "max_tokens": T, "pairs": pairs}
     architecture, files = "GPT2LMHeadModel", {}
     if style == "head":
         architecture = "GPT2ForSequenceClassification"
@@ -367,25 +363,14 @@ def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs:
         net.gpt.lm_head.weight.data[answer_ids(tokenizer, names)] = net.head.weight.data
     save_best(out, net.gpt, tokenizer, files, architectures=[architecture],
               id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-              finetune_cls={
-                  "style": style, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
-                  "lowercase": lowercase, "max_tokens": T, "pairs": pairs})
+              finetune_cls=how)
     if style == "head":
         del net.gpt.score
-        write_text(out / "best" / "README.md", card(names))
-
-
-def card(names: list[str]) -> str:
-    """What somebody who loads OUT/best with transformers must know."""
-    lines = ["A GPT-2 that classifies texts, trained with taleGPT; classes: " + ", ".join(names)]
-    if lowercase:
-        lines.insert(0, "Before it reads a text, that must be lower-cased and its punctuation set "
-                        "apart: `text.normalize` of taleGPT, as `finetune_cls.py --predict` does.")
-    if keep == "tail":
-        lines.append("Of a text that is too long it read the end: truncation_side is left.")
-    lines.append("```python\nfrom transformers import pipeline\n"
-                 'pipeline("text-classification", "FOLDER", truncation=True)("TEXT")\n```\n')
-    return "\n\n".join(lines)
+        write_text(out / "best" / "README.md", (
+            "A GPT-2 that classifies texts, trained with taleGPT; transformers loads it by "
+            '`pipeline("text-classification", FOLDER, truncation=True)`. '
+            f"Classes: {', '.join(names)}. How it reads a text: {how}; where `lowercase` is True, "
+            "a text must have gone through `text.normalize` of taleGPT.\n"))
 
 
 # ---- what is measured and shown ----
@@ -407,15 +392,14 @@ def measures(logits, labels) -> dict:
 
 def show(found: dict, names: list[str]) -> str:
     """The measures of all texts, of each class's, and the confusion matrix."""
-    width = max(6, *map(len, names)) + 1
-    support = found["support"]
-    lines = [", ".join(f"{key} {found[key]:.4f}" for key in ("accuracy", "macro_f1", "loss"))
-             + f"; always {names[np.argmax(support)]}: {max(support) / sum(support):.4f}",
-             f"{'class':>{width}} precision recall    F1   predicted:"
-             + "".join(f"{name:>{width}}" for name in names)]
-    for k, name in enumerate(names):
-        p, r, f = (found[key][k] for key in ("precision", "recall", "f1"))
-        counts = "".join(f"{count:{width}}" for count in found["confusion"][k])
+    width, support = max(6, *map(len, names)) + 1, found["support"]
+    scores = ", ".join(f"{key} {found[key]:.4f}" for key in ("accuracy", "macro_f1", "loss"))
+    columns = "".join(f"{name:>{width}}" for name in names)
+    lines = [f"{scores}; always {names[np.argmax(support)]}: {max(support) / sum(support):.4f}",
+             f"{'class':>{width}} precision recall    F1   predicted:{columns}"]
+    for name, p, r, f, row in zip(names, *(found[key] for key in (
+            "precision", "recall", "f1", "confusion"))):
+        counts = "".join(f"{count:{width}}" for count in row)
         lines.append(f"{name:>{width}} {p:9.3f} {r:6.3f} {f:5.3f} {' ' * 12}{counts}")
     return "\n".join(lines)
 
@@ -492,7 +476,7 @@ def classify(env):
         tokenizer.pad_id = config.get("pad_token_id")
     T = min(max_tokens or net.gpt.config.block_size, net.gpt.config.block_size)
     if predict_file:
-        examples = make_examples(read_table(predict_file), predict_file, score_test)
+        examples = make_examples(read_table(predict_file), predict_file, False)
     else:
         texts = [tuple(predict[i:i + n]) for i in range(0, len(predict), n)]
         examples = [Example("--predict", "", text, None) for text in texts]

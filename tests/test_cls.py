@@ -157,7 +157,7 @@ def test_best_loads_in_transformers_with_our_logits(base, tmp_path, pairs, style
     # --predict_file and --predict, from a trained run alone
     file = "ptest.csv" if pairs else "test.csv"
     more = ("--text_column=one", "--text_pair_column=two") if pairs else ()
-    for argv in ([f"--predict_file={base / file}", "--score_test", *more],
+    for argv in ([f"--predict_file={base / file}", *more],
                  ["--predict", *test[3].text]):
         capsys.readouterr()
         start(f"--init_from={tmp_path}", f"--out_dir={tmp_path}/elsewhere", *argv)
@@ -458,7 +458,7 @@ def test_labels_that_are_not_there_and_texts_that_are_null():
     none = [None, None]
     for values, want in ((["", None], none), ([-1, "-1"], none), (["1", 0], ["1", "0"])):
         rows = [{"text": text, "label": value} for text, value in zip((None, "x"), values)]
-        found = script.make_examples(rows, "it", None)
+        found = script.make_examples(rows, "it", False)
         assert [example.label for example in found] == want
         assert [example.text for example in found] == [("",), ("x",)]
     assert script.encode(found, open_tokenizer("bytes"), 9)[1] == "0 cut, 1 empty"
@@ -579,8 +579,7 @@ GOOD = [{"text": f"x {'ab'[i % 2]}", "label": i % 2} for i in range(8)]
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no"], r"'1'\], none .*\[' no'\]\]"),
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no", " qqq"], "none .* 'q'"),
     ({}, ["--classes", "0", "1", "1"], "each named once"), ({}, ["--predict=x"], "is no classifier"),
-    ({}, ["--train_file=missing.csv"], "cannot read missing.csv"),
-    ({"test": [{"text": "x"}]}, ["--score_test"], "row 1 of .* has the label 'None'")])
+    ({}, ["--train_file=missing.csv"], "cannot read missing.csv")])
 def test_mistakes_are_one_line(base, tmp_path, changes, argv, word):
     tables = {"train": GOOD, "dev": GOOD} | changes
     files = [put(tmp_path, name, rows) for name, rows in tables.items()]
