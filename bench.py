@@ -163,42 +163,49 @@ def train():
         raise ValueError(f"kinds={kinds} has nothing to train in: float32, bfloat16 or float16")
     names = ["ours", *others()]
     found = in_turn({(who, kind): partial(child, "step", who, kind)
-                     for kind in autocast for who in names})  # (repeats, steps, 2)
+                     for kind in autocast for who in names})  # (repeats, steps, 4)
     print(f"{describe(Device(device))}: {steps} steps of {batch_size} x {block_size} tokens each")
     flops = GPT(PRESETS[preset]).flops_per_token(block_size)
     for kind in autocast:
         env = Device(device, kind)
         peak = env.peak_flops() or matmul_rate(env)
         print(f"\n{kind}; 1.00 of peak is {peak / 1e12:.3f} TFLOP/s"
-              f"\n{'':13}{'tok/s':>9}{'of peak':>9}{'peak GB':>9}{'x ours':>8}")
+              f"\n{'':13}{'tok/s':>9}{'of peak':>9}{'peak GB':>9}{'forward':>9}{'backward':>9}"
+              f"{'update':>9}{'x ours':>8}")
         speed = {}
         for who in names:
-            seconds, memory = np.median(found[who, kind], (0, 1))
+            *parts, memory = np.median(found[who, kind], (0, 1))
+            seconds = np.median(found[who, kind][..., :3].sum(-1))  # of a step
             speed[who] = batch_size * block_size / seconds
+            columns = "".join(f"{1e3 * part:7.0f}ms" for part in parts)
             print(f"{who:13}{speed[who]:9,.0f}{speed[who] * flops / peak:9.2f}{memory:9.2f}"
-                  f"{speed[who] / speed['ours']:8.2f}")
+                  f"{columns}{speed[who] / speed['ours']:8.2f}")
 
 
 def step(who: str, kind: str) -> list:
-    """[seconds, peak of memory in GB] of each step of one network, trained as its users train it."""
+    """[seconds forward, backward, of the update, peak of memory in GB] of each step of one network,
+    trained as its users train it."""
     env = Device(device, kind)
     if who == "ours" and env.type == "cpu":
         keep_freed_memory()  # as train.py does; the others are measured as they are used
     model = build(who, env).train()
     loss_of, update = trainer(who, model, env)
-    V, found = PRESETS[preset].vocab_size, []
+    V, parts = PRESETS[preset].vocab_size, []
     for _ in range(steps + 1):
         ids = torch.randint(V, (batch_size, block_size + 1), device=env.device)
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        start = now()
+        clock = [now()]
         with env.autocast():
             loss = loss_of(x, y)
+        clock.append(now())
         loss.backward()
+        clock.append(now())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         update.step()
         update.zero_grad(set_to_none=True)
-        found.append([now() - start, (env.peak_memory() or 0) / 1e9])
-    return found[1:]
+        clock.append(now())
+        parts.append([*np.diff(clock), (env.peak_memory() or 0) / 1e9])
+    return parts[1:]
 
 
 def trainer(who: str, model, env) -> tuple:

@@ -231,7 +231,8 @@ def profile() -> dict:
         now()
     order = f"self_{'device' if env.type == 'cuda' else 'cpu'}_time_total"
     table = found.key_averages().table(order, row_limit=25)
-    return {"step_ms": 1e3 * step_s, "table": table.splitlines()}
+    busy = sum(getattr(event, order) for event in found.key_averages()) / 3e6  # seconds of a step
+    return {"step_ms": 1e3 * step_s, "gaps": 1 - busy / step_s, "table": table.splitlines()}
 
 
 def decoding(B: int) -> dict:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from checkpoint import (
     adapter_base,
@@ -274,6 +275,7 @@ def batched_forward(net, rows, env, features: bool = False) -> torch.Tensor:
     width = net.head.in_features if features else net.head.out_features
     out, lengths = torch.zeros(len(rows), width, device=env.device), np.array([*map(len, rows)])
     order, start, number = np.argsort(-lengths, kind="stable"), 0, 0
+    bar = tqdm(total=len(rows), unit=" texts", delay=2, leave=False, disable=env.rank > 0 or None)
     while start < len(order):
         count = max(1, EVAL_TOKENS.get(env.type, 2**15) // lengths[order[start]])
         chunk = order[start:start + count]
@@ -282,6 +284,8 @@ def batched_forward(net, rows, env, features: bool = False) -> torch.Tensor:
             with env.autocast():
                 out[chunk] = (net.features(*inputs) if features else net(*inputs)).float()
         start, number = start + count, number + 1
+        bar.update(len(chunk))
+    bar.close()
     if env.world > 1:
         torch.distributed.all_reduce(out)
     return out
@@ -366,11 +370,11 @@ def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs:
               finetune_cls=how)
     if style == "head":
         del net.gpt.score
+        before = "It reads texts that went through `text.normalize` of taleGPT. " * lowercase
         write_text(out / "best" / "README.md", (
-            "A GPT-2 that classifies texts, trained with taleGPT; transformers loads it by "
-            '`pipeline("text-classification", FOLDER, truncation=True)`. '
-            f"Classes: {', '.join(names)}. How it reads a text: {how}; where `lowercase` is True, "
-            "a text must have gone through `text.normalize` of taleGPT.\n"))
+            f"{before}A GPT-2 that classifies texts, trained with taleGPT; transformers loads it "
+            'by `pipeline("text-classification", FOLDER, truncation=True)`. '
+            f"Classes: {', '.join(names)}. How it reads a text: {how}\n"))
 
 
 # ---- what is measured and shown ----

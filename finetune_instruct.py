@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from sacrebleu.metrics import CHRF
 from torch import nn
+from tqdm import tqdm
 
 from checkpoint import (
     check_data,
@@ -260,7 +261,8 @@ def answers(gpt: GPT, tokenizer, form: str, records) -> list[str]:
     limit = max(T // 2, T - max_new_tokens)  # of a prompt
     prompts = [prompt_ids(tokenizer, form, record["instruction"], record["input"], limit)[0]
                for record in records]
-    for start in range(0, len(prompts), 32):
+    batches = range(0, len(prompts), 32)
+    for start in tqdm(batches, "answers", unit=" batches", delay=2, leave=False, disable=None):
         idx, mask = left_padded(prompts[start:start + 32], gpt.transformer.wte.weight.device)
         new = gpt.generate(idx, max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id,
                            attention_mask=mask)[:, idx.size(1):]

@@ -36,11 +36,13 @@ from files import naming, replacing, write_text
 
 COUNTS = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "skipped": 0,
           "loss_sum": 0.0, "counted": 0}  # the last two: since the last row, of all ranks
+ROW_INTERVAL = 10  # updates between rows of metrics.jsonl, where lines are rarer
 
 
 class Run:
     """env: Device; out: the run's folder; settings: the script's. An evaluation every eval_interval
-    updates and after the last, a line every settings["log_interval"]. checkpoint: to resume from.
+    updates and after the last, a line every settings["log_interval"], a row of metrics.jsonl at
+    least every 10. checkpoint: to resume from.
     schedule(step) -> fraction of every group's peak learning rate; None: a linear warmup over
     settings["warmup_fraction"] of the updates (a tenth), then linear to zero. flops: of a token."""
 
@@ -74,7 +76,8 @@ class Run:
         self.losses = torch.tensor(self.loss_sum if env.rank == 0 else 0.0, device=env.device)
         self.updates, self.bad_in_a_row = [], 0  # (step, norm, source) since the last line
         self.stopped = self.improved = self.evaluates = self.saves = False
-        self.logs = True  # of an evaluation before the first step
+        self.logs = self.prints = True  # of an evaluation before the first step
+        self.line = 0.0, 0, 0, 0.0  # loss, targets, tokens and seconds since the last line
         self.ask_interval = 1  # steps between questions for a stop signal
         self.row = {key: getattr(self, key) for key in ("step", "tokens", "elapsed_s")}
         self.metrics = self.received = None
@@ -186,7 +189,9 @@ class Run:
         self.updates.append((self.step, norm, source))
         last = self.step == self.max_steps
         self.evaluates = last or self.step % self.eval_interval == 0
-        self.logs = self.evaluates or self.step % self.settings["log_interval"] == 0
+        between = self.settings["log_interval"]
+        self.prints = self.evaluates or self.step % between == 0
+        self.logs = self.prints or self.step % min(between, ROW_INTERVAL) == 0
         # Asking makes several GPUs wait for each other, so it is done every few seconds: torchrun
         # kills 30 seconds after its SIGTERM.
         if self.logs or self.env.world == 1 or self.step % self.ask_interval == 0:
@@ -201,9 +206,11 @@ class Run:
         """Makes the row of what is logged, over the updates since the last one."""
         self.loss_sum = self.env.sum(self.losses.item())[0]
         norm = self.check()
-        seconds = time.perf_counter() - self.clock
+        seconds, tokens = time.perf_counter() - self.clock, self.tokens - self.clock_tokens
         self.elapsed_s += seconds
-        speed, peak = (self.tokens - self.clock_tokens) / seconds, self.env.peak_flops()
+        speed, peak = tokens / seconds, self.env.peak_flops()
+        now = self.loss_sum, self.counted, tokens, seconds
+        self.line = tuple(before + new for before, new in zip(self.line, now))
         step_s = self.env.sum(seconds / (self.step - self.clock_step))[0] / self.env.world
         self.left = (self.max_steps - self.step) * step_s
         self.ask_interval = max(1, int(5 / step_s))  # the same on all ranks
@@ -248,8 +255,10 @@ class Run:
     def log(self, **measures):
         """Where a line is due: prints it, and writes a row of metrics.jsonl. measures: those of an
         evaluation, which begin with `val_`, and others, which show on the line and in loss.png."""
-        if (self.logs or self.stopped) and self.env.rank == 0:
-            self.show(measures)
+        if self.prints or self.stopped:
+            if self.env.rank == 0:
+                self.show(measures)
+            self.line = 0.0, 0, 0, 0.0
         if not self.logs:  # a stop leaves no row of its own
             return
         if self.env.rank == 0:
@@ -267,9 +276,10 @@ class Run:
         """The lines on the screen."""
         row = self.row
         if "train_loss" in row:
-            parts = [f"step {self.step:5}/{self.max_steps}", f"loss {row['train_loss']:.4f}",
+            loss, counted, tokens, seconds = self.line
+            parts = [f"step {self.step:5}/{self.max_steps}", f"loss {loss / counted:.4f}",
                      f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.2f}",
-                     f"{row['tokens_per_s']:,.0f} tok/s"]
+                     f"{tokens / seconds:,.0f} tok/s"]
             if row["mfu"]:
                 parts.append(f"mfu {row['mfu']:.1%}")
             parts += [f"{name} {value:.4g}" for name, value in measures.items()

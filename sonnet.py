@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from sacrebleu.metrics import CHRF
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from checkpoint import (
     check_data,
@@ -172,7 +173,7 @@ def continue_rows(model: GPT, tok, rows, generator, temperature=1.0, top_p=None,
     breaks = [token.count(b"\n") for token in tok.tokens]
     lines = [sum(breaks[i] for i in row) for row in rows]
     new, open_rows = [[] for _ in rows], range(len(rows))
-    for step in steps:
+    for step in tqdm(steps, "poems", n, unit=" tokens of each", delay=2, leave=False, disable=None):
         tokens = step.tolist()
         for i in open_rows:
             new[i].append(tokens[i])

@@ -24,6 +24,6 @@ max_steps = 1500
 adamw_learning_rate = 0.03  # this and beta1 are better on characters than the shared ones
 beta1 = 0.7
 
-eval_interval = 750
+eval_interval = 250
 log_interval = 100
 sample_tokens = 200

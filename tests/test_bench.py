@@ -26,7 +26,7 @@ def test_measured_steps(who, monkeypatch, capfd):
     run_bench("step", who, "float32", "--batch_size=1", "--block_size=8", "--steps=2",
               "--device=cpu")
     steps = json.loads(capfd.readouterr().out)
-    assert [len(step) for step in steps] == [2, 2] and min(map(min, steps)) > 0
+    assert [len(step) for step in steps] == [4, 4] and min(map(min, steps)) > 0
 
 
 def test_instructions_beside_peft(tmp_path):
