@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from files import read_json, read_text
-from text import say_once
 
 EOT = "<|endoftext|>"
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -86,19 +85,15 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
         _add_tokens(library, data, config, read("added_tokens.json"))
         if not data:
             _add_frame(library, config)
+    config |= {key: content_of(config[key]) for key in NAMED_TOKENS if key in config}
     return json.loads(library.to_str()), config
 
 
 def _gpt2_definition(folder, data, config) -> dict:
     """The tokenizer.json of GPT2Tokenizer's: byte-level, with the vocabulary and the merges of
     `data`, the folder's own, or of vocab.json and merges.txt."""
-    if data:
+    if data:  # its normalizer and pre-tokenizer are left out, as by transformers 5
         vocab, merges = data["model"]["vocab"], data["model"]["merges"]
-        for key, ours in (("normalizer", None), ("pre_tokenizer", "ByteLevel")):
-            found = (data.get(key) or {}).get("type")
-            if found != ours:
-                say_once(f"note: {folder}/tokenizer.json has the {key} {found}, which "
-                         "GPT2Tokenizer of transformers 5 leaves out, and so do we")
     else:
         vocab, lines = read_json(folder / "vocab.json"), read_text(folder / "merges.txt")
         merges = [line for line in lines.split("\n") if line and not line.startswith("#version")]

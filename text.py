@@ -419,17 +419,12 @@ def prompt_ids(tokenizer, template: str, instruction: str, text: str, limit: int
     def encode(part):
         if not written:  # so all that is parsed stands in the template
             return tokenizer.encode(fill(part), special=True, whole=False).tolist()
-        ids, pieces = [], tokenizer.special_pattern.split(part)  # every other one is a token
-        for number, piece in enumerate(pieces):
-            if number % 2:
+        ids = []
+        for number, piece in enumerate(tokenizer.special_pattern.split(part)):
+            if number % 2:  # every other one is a special token
                 ids.append(special[piece])
-                continue
-            filled = fill(piece)
-            if number and tokenizer.strips.get(pieces[number - 1], (0, 0))[1]:
-                filled = filled.lstrip()
-            if number + 1 < len(pieces) and tokenizer.strips.get(pieces[number + 1], (0, 0))[0]:
-                filled = filled.rstrip()
-            ids += tokenizer.encode(filled, whole=False).tolist()
+            else:
+                ids += tokenizer.encode(fill(piece), whole=False).tolist()
         return ids
 
     (head, tail), (first, last) = split_template(template, text), tokenizer.frame

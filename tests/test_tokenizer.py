@@ -545,8 +545,6 @@ def test_command_line(tmp_path):
     assert open_tokenizer(tmp_path / "x" / "own.json").vocab_size == 300
     done = script("show", "a\ncat ñ", "--tokenizer=x/own.json", cwd=tmp_path)
     assert "[a][\\n]" in done.stdout and "[\\xb1]" in done.stdout, done.stderr
-    done = script("compare", "a.txt", "--tokenizer", "bytes", "x/own.json", cwd=tmp_path)
-    assert "1.000" in done.stdout and "x/own.json" in done.stdout, done.stderr
 
 
 def test_command_line_mistakes(tmp_path):
@@ -554,7 +552,6 @@ def test_command_line_mistakes(tmp_path):
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     for words, told in [(["train"], "--input"), (["train", "--input=empty.txt"], "no more than 257"),
                         (["train", "--input=binary.txt"], "binary.txt is not UTF-8"),
-                        (["compare", "empty.txt"], "no text to compare"),
                         (["show", "x", "--tokenizer=none.json"], "no tokenizer 'none.json'")]:
         done = script(*words, cwd=tmp_path)
         assert done.returncode == 2 and told in done.stderr, done.stderr
