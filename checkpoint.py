@@ -331,10 +331,8 @@ def load_model(name, tokenizer=None, **options):
         tokenizer = open_tokenizer(tokenizer or "gpt2")
     size = tokenizer.vocab_size
     if size > rows or own is None and rows - size >= 128:  # fewer may fill up the matrix
-        hint = f"; --tokenizer={name} prepares data with its own"
-        if own or not model_tokenizer(name, options.get("revision")):
-            hint = "; put the tokenizer.json that it was trained with into its folder"
         raise ValueError(f"the tokenizer ({tokenizer.name}) has {size} ids, the model in {name} "
-                         f"has {rows} rows for them{hint}")
+                         f"has {rows} rows for them; its folder needs the tokenizer.json that it "
+                         f"was trained with, and --tokenizer={name} prepares data for it")
     model.num_tokens = tokenizer.vocab_size
     return model, tokenizer

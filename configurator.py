@@ -124,12 +124,7 @@ def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None
         named = re.search("out of memory|DefaultCPUAllocator", str(e))  # by torch: GPU and CPU
         if not named and not isinstance(e, MemoryError):
             raise
-        tried = re.search(r"allocate [\d.]+ \w+", str(e))
-        size = f" (it tried to {tried[0]})" if tried else ""
-        less = "ask for less at once"
-        if "batch_size" in settings:
-            less = f"lower --batch_size={settings['batch_size']}"
-        message = f"error: out of memory{size}; {less}"
+        message = f"error: out of memory; lower --batch_size or ask for less at once: {error(e)!s:.90}"
     except (ValueError, OSError, ImportError) as e:
         *_, (frame, _) = traceback.walk_tb(e.__traceback__)
         file = frame.f_code.co_filename
@@ -275,4 +270,4 @@ def unknown(shown, name, kinds, dashes=""):
 
 
 def error(message):
-    return ValueError(" ".join(message.split()))  # one line, whatever was in it
+    return ValueError(" ".join(str(message).split()))  # one line, whatever was in it

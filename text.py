@@ -362,8 +362,6 @@ def instruction_record(row) -> dict:
     """The row of a table as {instruction, input, output}, stripped; the answer may be empty. It has
     such FIELDS, numbers as text, or is a chat of one question and one answer, whose system prompt
     goes before the question. ValueError says what else it has."""
-    if not isinstance(row, dict):
-        raise ValueError("no fields")  # noqa: TRY004
     turns = row.get("messages") or row.get("conversations")
     if turns:
         said = [(turn.get("role") or turn.get("from"),
@@ -372,8 +370,6 @@ def instruction_record(row) -> dict:
         if roles not in ("user assistant", "system user assistant"):
             raise ValueError(f"a chat of {len(said)} turns ({roles})")
         *system, question, answer = [text for _, text in said]
-        if not all(isinstance(text, str) for _, text in said):
-            raise ValueError("a chat whose content is not text alone")
         row = {"instruction": question and "\n\n".join([*system, question]), "output": answer}
     elif isinstance(row.get("system"), str) and isinstance(row.get("instruction"), str):
         row = row | {"instruction": "\n\n".join(filter(None, [row["system"], row["instruction"]]))}

@@ -336,8 +336,8 @@ def test_run(folder):
     ("import", 2, "error: No module named 'no_such_module'\n"),
     ("library", 1, "Traceback"),  # a ValueError too, but json's
     ("runtime", 1, "Traceback"),
-    ("memory", 2, "error: out of memory (it tried to allocate 2.50 GiB); ask for less at once\n"),
-    ("allocator", 2, "error: out of memory (it tried to allocate 9 B); ask for less at once\n"),
+    ("memory", 2, "error: out of memory; lower --batch_size or ask for less at once: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has\n"),
+    ("allocator", 2, "error: out of memory; lower --batch_size or ask for less at once: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B\n"),
     ("interrupt", 130, "interrupted\n"),
 ])
 def test_run_errors(folder, word, status, start):
