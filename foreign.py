@@ -19,6 +19,7 @@ OTHER_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vo
                "tekken.json", "tiktoken.model")
 # The classes of transformers that take a tokenizer.json as it is, "Fast" or not.
 GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
+SAVE = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
                 "mask_token")
 # Fields of tokenizer_config.json that describe other files or how a tokenizer was built.
@@ -39,15 +40,6 @@ def library_errors(what):
         raise ValueError(f"{what}: {e}") from None
 
 
-def check_readable(where, files):
-    """ValueError where a folder's tokenizer is of a kind that nothing here reads."""
-    other = [file for file in OTHER_FILES if file in files]
-    if other and not {"tokenizer.json", "vocab.json", "vocab.bpe"} & set(files):
-        raise ValueError(f"{where}: its tokenizer is {other[0]}, which is not read here; expected "
-                         "tokenizer.json, which transformers' AutoTokenizer.from_pretrained(FOLDER)"
-                         ".save_pretrained(FOLDER) writes")
-
-
 def read_folder(folder: Path) -> tuple[dict, dict]:
     """(tokenizer.json, tokenizer_config.json) with all that a folder's other files add to them.
 
@@ -60,7 +52,6 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
     def read(file):
         return read_json(folder / file) if (folder / file).is_file() else {}
 
-    check_readable(folder, [file.name for file in folder.iterdir()])
     config, data = read("tokenizer_config.json"), read("tokenizer.json")
     name = config.get("tokenizer_class") or read("config.json").get("tokenizer_class")
     kind = str(name or "GPT2Tokenizer").removesuffix("Fast")
@@ -69,6 +60,9 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
     elif kind not in GENERIC_CLASSES or not data:
         raise ValueError(f"{folder}: its tokenizer_class is {name!r}, supported are GPT2Tokenizer "
                          "and, with a tokenizer.json, PreTrainedTokenizerFast")
+    if not data and (config.get("add_bos_token") or config.get("add_eos_token")):
+        raise ValueError(f"{folder}: add_bos_token and add_eos_token are not read without a "
+                         f"tokenizer.json; {SAVE} writes it")
     if "additional_special_tokens" in config:  # the older name
         config.setdefault("extra_special_tokens", config.pop("additional_special_tokens"))
     if "added_tokens_decoder" not in config:
@@ -83,8 +77,6 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
         definition = data if kind != "GPT2Tokenizer" else _gpt2_definition(folder, data, config)
         library = tokenizers.Tokenizer.from_str(json.dumps(definition))
         _add_tokens(library, data, config, read("added_tokens.json"))
-        if not data:
-            _add_frame(library, config)
     config |= {key: content_of(config[key]) for key in NAMED_TOKENS if key in config}
     return json.loads(library.to_str()), config
 
@@ -138,15 +130,3 @@ def _add_tokens(library, data, config, added_json):
             token.special = True
         if repr(token) not in there:
             library.add_tokens([token])
-
-
-def _add_frame(library, config):
-    """What add_bos_token and add_eos_token of a tokenizer_config.json ask for."""
-    from tokenizers.processors import TemplateProcessing
-
-    bos, eos = (content_of(config.get(f"{key}_token")) if config.get(f"add_{key}_token") else None
-                for key in ("bos", "eos"))
-    if bos or eos:
-        library.post_processor = TemplateProcessing(
-            single=[part for part in (bos, "$A", eos) if part],
-            special_tokens=[(name, library.token_to_id(name)) for name in {bos, eos} if name])
