@@ -59,8 +59,9 @@ def find_file(name, file: str, revision=None) -> Path | None:
         raise ValueError(f"{name} is a file; give the folder that it lies in")
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
-    if str(name).startswith("out/"):  # not somebody's model on the hub
-        raise ValueError(f"no such run: {name}; train it first: the headers of config/*.py say how")
+    if run := re.match(r"out/+([^/]+)", str(name)):  # not somebody's model on the hub
+        raise ValueError(f"no such run: {name}; train it first: the header of config/{run[1]}.py "
+                         "says how, where there is one")
     if "/" not in str(name) and "gpt2" not in str(name):  # before the hub, which takes its time
         folders = [path.name for path in Path().iterdir() if path.is_dir()] + ["weights"]
         if near := difflib.get_close_matches(str(name), folders, 1, 0.8):
