@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from files import HERE, read_json, replacing, write_text
-from foreign import OTHER_FILES, TOKENIZER_FILES, check_readable
+from foreign import OTHER_FILES, SAVE, TOKENIZER_FILES
 from hf import find_file, load_torch, local_folder, make_config, read_model_ids
 from lora import load_adapter, merge, unmerge
 from model import GPT, GPTConfig
@@ -297,12 +297,14 @@ def model_tokenizer(name, revision: str | None = None) -> Tokenizer | None:
     if (folder / "ckpt.pt").is_file():
         return from_json(load_torch(folder / "ckpt.pt").get("tokenizer", ""))
     found = [find_file(name, file, revision) for file in (*TOKENIZER_FILES, *OTHER_FILES)]
-    found = [path for path in found if path]  # of the hub's, all lie in one folder
-    check_readable(name, [path.name for path in found])
-    if {path.name for path in found} & {"tokenizer.json", "vocab.json", "vocab.bpe"}:
-        tokenizer = open_tokenizer(found[0].parent)
+    found = {path.name: path for path in found if path}  # of the hub's, all lie in one folder
+    if found.keys() & {"tokenizer.json", "vocab.json", "vocab.bpe"}:
+        tokenizer = open_tokenizer(min(found.values()).parent)
         tokenizer.take_model_ids(read_model_ids(base or name, revision))
         return tokenizer
+    if other := found.keys() & set(OTHER_FILES):
+        raise ValueError(f"{name}: its tokenizer is {min(other)}, which is not read here; expected "
+                         f"tokenizer.json, which {SAVE} writes")
     return model_tokenizer(base, revision) if base else None
 
 
@@ -331,10 +333,8 @@ def load_model(name, tokenizer=None, **options):
         tokenizer = open_tokenizer(tokenizer or "gpt2")
     size = tokenizer.vocab_size
     if size > rows or own is None and rows - size >= 128:  # fewer may fill up the matrix
-        hint = f"; --tokenizer={name} prepares data with its own"
-        if own or not model_tokenizer(name, options.get("revision")):
-            hint = "; put the tokenizer.json that it was trained with into its folder"
         raise ValueError(f"the tokenizer ({tokenizer.name}) has {size} ids, the model in {name} "
-                         f"has {rows} rows for them{hint}")
+                         f"has {rows} rows for them; its folder needs the tokenizer.json that it "
+                         f"was trained with, and --tokenizer={name} prepares data for it")
     model.num_tokens = tokenizer.vocab_size
     return model, tokenizer

@@ -126,9 +126,11 @@ def run(main, settings: dict, argv=None, commands=(), positionals=False) -> None
             raise
         tried = re.search(r"allocate [\d.]+ \w+", str(e))
         size = f" (it tried to {tried[0]})" if tried else ""
-        less = "ask for less at once"
-        if "batch_size" in settings:
-            less = f"lower --batch_size={settings['batch_size']}"
+        less, B = "ask for less at once", settings.get("batch_size", 1)
+        if "accumulation" in settings:
+            less = f"--accumulation={2 * settings['accumulation']} may fit"
+        elif B > 1:
+            less = f"--batch_size={B} does not fit, --batch_size={B // 2} may"
         message = f"error: out of memory{size}; {less}"
     except (ValueError, OSError, ImportError) as e:
         *_, (frame, _) = traceback.walk_tb(e.__traceback__)
@@ -275,4 +277,4 @@ def unknown(shown, name, kinds, dashes=""):
 
 
 def error(message):
-    return ValueError(" ".join(message.split()))  # one line, whatever was in it
+    return ValueError(" ".join(str(message).split()))  # one line, whatever was in it

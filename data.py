@@ -56,6 +56,11 @@ def digest(value) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode())
 
 
+def sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # ---- writing ----
 
 def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_000,
@@ -78,7 +83,15 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_0
             shutil.rmtree(new, ignore_errors=True)  # of a killed call
             new.mkdir()
             try:
-                meta = _write_new(new, tokenizer, splits, shard_tokens, special)
+                meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
+                        "tokenizer_sha256": digest(tokenizer.to_json()),
+                        "eos_id": tokenizer.eos_id, "dtype": tokenizer.dtype.name, "splits": {}}
+                for split, documents in splits.items():
+                    meta["splits"][split] = _write_split(new, split, documents, tokenizer,
+                                                         shard_tokens, special)
+                meta["sha256"] = digest(meta)
+                write_text(new / "tokenizer.json", tokenizer.to_json())
+                write_text(new / "meta.json", json.dumps(meta, indent=1) + "\n")
                 for pattern in ("meta.json", "train_[0-9]*.bin", "val_[0-9]*.bin"):
                     for file in folder.glob(pattern):
                         file.unlink()
@@ -88,19 +101,6 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_0
                 shutil.rmtree(new, ignore_errors=True)
     except Timeout:
         raise ValueError(f"another process is preparing {folder}; wait for it to end") from None
-    return meta
-
-
-def _write_new(folder, tokenizer, splits, shard_tokens, special):
-    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": digest(tokenizer.to_json()), "eos_id": tokenizer.eos_id,
-            "dtype": tokenizer.dtype.name, "splits": {}}
-    for split, documents in splits.items():
-        meta["splits"][split] = _write_split(folder, split, documents, tokenizer, shard_tokens,
-                                             special)
-    meta["sha256"] = digest(meta)
-    write_text(folder / "tokenizer.json", tokenizer.to_json())
-    write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return meta
 
 
@@ -138,9 +138,9 @@ def _write_split(folder, split, documents, tokenizer, shard_tokens, special):
     for path in sorted(folder.glob(f"{split}_*.bin")):
         with naming(path), open(path, "rb+") as file:
             os.fsync(file.fileno())
-            info["shards"].append({
-                "file": path.name, "tokens": path.stat().st_size // tokenizer.dtype.itemsize,
-                "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+        info["shards"].append({
+            "file": path.name, "tokens": path.stat().st_size // tokenizer.dtype.itemsize,
+            "sha256": sha256_of_file(path)})
     if any(written.values()):
         info["special_tokens_as_text"] = {t: written[t] for t in sorted(written) if written[t]}
     info["seconds"] = round(time.perf_counter() - start, 2)
@@ -269,7 +269,12 @@ class Data:
                 for file, shard in zip(files, info["shards"]):
                     if not re.fullmatch(rf"{split}_\d+\.bin", shard["file"]):
                         raise ValueError(f"{shard['file']!r} is no shard, or outside the folder")
-                    check_file(file, shard["tokens"] * dtype.itemsize, verify and shard["sha256"])
+                    size, found = shard["tokens"] * dtype.itemsize, file.stat().st_size
+                    if found != size or not size:
+                        raise ValueError(f"{file.name} has {found:,} bytes, meta.json says {size:,}")
+                    if verify and sha256_of_file(file) != shard["sha256"]:
+                        raise ValueError(f"{file.name} has sha256 {sha256_of_file(file)}, meta.json "
+                                         f"says {shard['sha256']}")
                 setattr(self, split, Split(files, dtype, self.vocab_size, int(info["bytes"])))
         except Exception as e:  # noqa: BLE001 (whatever a damaged file raises)
             raise ValueError(f"{self.folder} cannot be used ({type(e).__name__}: {e!s:.200}); "
@@ -325,20 +330,6 @@ def foreign_header(file: Path) -> int:
         raise ValueError(f"{file} has uint32 tokens, every second uint16 is 0 to 2; GPT-2's can be "
                          "made uint16: numpy.fromfile(FILE, 'u4').astype('u2').tofile(FILE)")
     return 0
-
-
-def check_file(file: Path, size: int, sha256sum):
-    """ValueError if a file has not this size or, where one is given, this sha256."""
-    if not file.is_file():
-        raise ValueError(f"{file.name} is missing")
-    found = file.stat().st_size
-    if found != size or not size:
-        raise ValueError(f"{file.name} has {found:,} bytes, meta.json says {size:,}")
-    if sha256sum:
-        with open(file, "rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != sha256sum:
-            raise ValueError(f"{file.name} has sha256 {found}, meta.json says {sha256sum}")
 
 
 # ---- the order of training ----

@@ -83,7 +83,8 @@ def hub_file(name: str, file: str, revision: str | None = None):
                 raise
             return Path(hf_hub_download(name, file, revision=revision))
     except errors.HFValidationError:
-        raise ValueError(f"no folder {name}, and it is not a hub name") from None
+        raise ValueError(f"no folder {name}, and it is not a hub name such as gpt2 or owner/name"
+                         ) from None
     except errors.LocalEntryNotFoundError:
         UNREACHABLE.add(name)
         cached = try_to_load_from_cache(name, "config.json", revision=revision)

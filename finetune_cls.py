@@ -151,9 +151,12 @@ def read_splits() -> dict[str, list[Example]]:
     splits = {}
     if dataset and not data_dir and not ("train" in files and files["train"].is_file()):
         hint = "give local files with --data_dir=FOLDER"
-        for split, rows in hub_rows(dataset, ("train", "validation", "test"), hint).items():
+        found = {}
+        for split, row in hub_rows(dataset, ("train", "validation", "test"), hint):
+            found.setdefault(split, []).append(row)
+        for split, rows in found.items():
             name = "dev" if split == "validation" else split
-            splits[name] = make_examples([*rows], f"{dataset}, {split}", name != "test")
+            splits[name] = make_examples(rows, f"{dataset}, {split}", name != "test")
     elif train_file is None:
         raise ValueError("nothing to train on: give --train_file, or a config such as "
                          "config/finetune_sst.py with --data_dir=FOLDER")

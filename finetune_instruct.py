@@ -113,7 +113,8 @@ def read_records(name: str, say=print) -> list[dict]:
     if is_file:
         rows = read_table(name)
     else:
-        rows = hub_rows(name, ["train"], "nor is it a file; give one with --data=FILE")["train"]
+        hint = "nor is it a file; give one with --data=FILE"
+        rows = (row for _, row in hub_rows(name, ["train"], hint))
     for number, row in enumerate(rows, 1):
         try:
             record = instruction_record(row)

@@ -20,6 +20,7 @@ OTHER_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "vo
                "tekken.json", "tiktoken.model")
 # The classes of transformers that take a tokenizer.json as it is, "Fast" or not.
 GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
+SAVE = "transformers' AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
                 "mask_token")
 # Fields of tokenizer_config.json that describe other files or how a tokenizer was built.
@@ -40,15 +41,6 @@ def library_errors(what):
         raise ValueError(f"{what}: {e}") from None
 
 
-def check_readable(where, files):
-    """ValueError where a folder's tokenizer is of a kind that nothing here reads."""
-    other = [file for file in OTHER_FILES if file in files]
-    if other and not {"tokenizer.json", "vocab.json", "vocab.bpe"} & set(files):
-        raise ValueError(f"{where}: its tokenizer is {other[0]}, which is not read here; expected "
-                         "tokenizer.json, which transformers' AutoTokenizer.from_pretrained(FOLDER)"
-                         ".save_pretrained(FOLDER) writes")
-
-
 def read_folder(folder: Path) -> tuple[dict, dict]:
     """(tokenizer.json, tokenizer_config.json) with all that a folder's other files add to them.
 
@@ -61,7 +53,6 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
     def read(file):
         return read_json(folder / file) if (folder / file).is_file() else {}
 
-    check_readable(folder, [file.name for file in folder.iterdir()])
     config, data = read("tokenizer_config.json"), read("tokenizer.json")
     name = config.get("tokenizer_class") or read("config.json").get("tokenizer_class")
     kind = str(name or "GPT2Tokenizer").removesuffix("Fast")
@@ -86,6 +77,7 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
         _add_tokens(library, data, config, read("added_tokens.json"))
         if not data:
             _add_frame(library, config)
+    config |= {key: content_of(config[key]) for key in NAMED_TOKENS if key in config}
     return json.loads(library.to_str()), config
 
 

@@ -69,8 +69,6 @@ def find_file(name, file: str, revision=None) -> Path | None:
         folders = [path.name for path in Path().iterdir() if path.is_dir()] + ["weights"]
         if near := difflib.get_close_matches(str(name), folders, 1, 0.8):
             raise ValueError(f"no folder {name}; did you mean {near[0]}?")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)):
-        raise ValueError(f"no folder {name}, and it is not a hub name such as gpt2 or owner/name")
     return hub_file(str(name), file, revision)
 
 

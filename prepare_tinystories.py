@@ -33,7 +33,7 @@ def read_stories(files: list, split: str):
     rows = hub_rows(hub_dataset, [split], "download its files where there is a network and give "
                     "them with --train_input and --val_input", streaming=True)
     where = f"{hub_dataset}, split {split}"
-    return (text_field(row, column, where) or "" for row in rows[split])
+    return (text_field(row, column, where) or "" for _, row in rows)
 
 
 def stories(texts, counts: dict):

@@ -37,6 +37,7 @@ from files import naming, replacing, write_text
 COUNTS = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "skipped": 0,
           "loss_sum": 0.0, "counted": 0}  # the last two: since the last row, of all ranks
 ROW_INTERVAL = 10  # updates between rows of metrics.jsonl, where lines are rarer
+NO_LINE = 0.0, 0, 0, 0.0, 0  # loss, targets, tokens, seconds and updates since the last line
 
 
 class Run:
@@ -77,7 +78,7 @@ class Run:
         self.updates, self.bad_in_a_row = [], 0  # (step, norm, source) since the last line
         self.stopped = self.improved = self.evaluates = self.saves = False
         self.logs = self.prints = True  # of an evaluation before the first step
-        self.line = 0.0, 0, 0, 0.0  # loss, targets, tokens and seconds since the last line
+        self.line = NO_LINE
         self.ask_interval = 1  # steps between questions for a stop signal
         self.row = {key: getattr(self, key) for key in ("step", "tokens", "elapsed_s")}
         self.metrics = self.received = None
@@ -209,10 +210,10 @@ class Run:
         seconds, tokens = time.perf_counter() - self.clock, self.tokens - self.clock_tokens
         self.elapsed_s += seconds
         speed, peak = tokens / seconds, self.env.peak_flops()
-        now = self.loss_sum, self.counted, tokens, seconds
+        steps = self.step - self.clock_step
+        now = self.loss_sum, self.counted, tokens, seconds, steps
         self.line = tuple(before + new for before, new in zip(self.line, now))
-        step_s = self.env.sum(seconds / (self.step - self.clock_step))[0] / self.env.world
-        self.left = (self.max_steps - self.step) * step_s
+        step_s = self.env.sum(seconds / steps)[0] / self.env.world
         self.ask_interval = max(1, int(5 / step_s))  # the same on all ranks
         mfu = speed * self.flops / (peak * self.env.world) if self.flops and peak else None
         self.row = {
@@ -258,7 +259,7 @@ class Run:
         if self.prints or self.stopped:
             if self.env.rank == 0:
                 self.show(measures)
-            self.line = 0.0, 0, 0, 0.0
+            self.line = NO_LINE
         if not self.logs:  # a stop leaves no row of its own
             return
         if self.env.rank == 0:
@@ -276,7 +277,8 @@ class Run:
         """The lines on the screen."""
         row = self.row
         if "train_loss" in row:
-            loss, counted, tokens, seconds = self.line
+            loss, counted, tokens, seconds, steps = self.line
+            left = (self.max_steps - self.step) * seconds / steps
             parts = [f"step {self.step:5}/{self.max_steps}", f"loss {loss / counted:.4f}",
                      f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.2f}",
                      f"{tokens / seconds:,.0f} tok/s"]
@@ -284,7 +286,7 @@ class Run:
                 parts.append(f"mfu {row['mfu']:.1%}")
             parts += [f"{name} {value:.4g}" for name, value in measures.items()
                       if not name.startswith("val_")]
-            self.env.say("  ".join([*parts, f"left {duration(self.left)}"]))
+            self.env.say("  ".join([*parts, f"left {duration(left)}"]))
         found = [f"{label} {measures[name]:.4f}" for name, label in VALIDATION.items()
                  if name in measures]
         if found:

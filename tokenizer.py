@@ -3,7 +3,6 @@ any other tokenizer of Hugging Face's, as the `tokenizers` library has it.
 
     python tokenizer.py train --input data/*.txt --vocab_size=4096 --out=data/ts4k.json
     python tokenizer.py show "Once upon a time" --tokenizer gpt2 data/ts4k.json
-    python tokenizer.py compare FILE --tokenizer gpt2 data/ts4k.json
 
 Every kind is kept as a Hugging Face `tokenizer.json`. How `train` learns a BPE stands in bpe.py.
 """
@@ -12,7 +11,6 @@ import io
 import json
 import pickle
 import re
-import time
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -24,16 +22,16 @@ import bpe
 import foreign
 from bpe import BYTE_ORDER, CHARS, PATTERN, token_bytes
 from files import HERE, read_text, write_text
-from foreign import BYTE_LEVEL, EOT, content_of, library_errors
+from foreign import BYTE_LEVEL, EOT, library_errors
 from text import find_files, normalize, read_documents, sha256
 
 input: list[str] = []  # train: files or globs, as of prepare_text.py
-column = "text"  # train and compare: of a table
+column = "text"  # train: of a table
 vocab_size = 4096  # train: ids in all, special tokens included, 257 to 65536
 special_tokens: list[str] = []  # train: further special tokens, after <|endoftext|>
 lowercase = False  # train: on lower-cased text, as prepare_text.py --lowercase writes it
 out = "data/bpe.json"  # train: a tokenizer.json file; without .json a folder for transformers
-tokenizer: list[str] = ["gpt2", "bytes"]  # show and compare: names, files or folders
+tokenizer: list[str] = ["gpt2", "bytes"]  # show: names, files or folders
 
 # A kind of tokenizer is known by the pre_tokenizer of its tokenizer.json.
 PRE_TOKENIZERS = {"bpe": BYTE_LEVEL, "bytes": BYTE_LEVEL | {"use_regex": False}, "char": None}
@@ -84,15 +82,13 @@ class Tokenizer:
         if not 1 <= self.vocab_size <= 65536:
             raise ValueError(f"{self.vocab_size:,} ids; shards can hold 1 to 65,536")
         self.dtype = np.dtype("uint8" if self.vocab_size <= 256 else "<u2")
-        named = {}
-        for key in foreign.NAMED_TOKENS:
-            named[key] = self.ids.get(content_of(config.get(key)))
+        bos, eos, pad = (self.ids.get(config.get(f"{key}_token")) for key in ("bos", "eos", "pad"))
         if "eos_token" not in config:
-            named["eos_token"] = self.usual_eos()
-        self.config, self.eos_id = config, named["eos_token"]
-        self.stop_ids = [] if self.eos_id is None else [self.eos_id]
-        self.bos_id = self.eos_id if named["bos_token"] is None else named["bos_token"]
-        self.pad_id = self.eos_id if named["pad_token"] is None else named["pad_token"]
+            eos = self.usual_eos()
+        self.config, self.eos_id = config, eos
+        self.stop_ids = [] if eos is None else [eos]
+        self.bos_id = eos if bos is None else bos
+        self.pad_id = eos if pad is None else pad
         self.named_ids = self.model_ids()
 
     def usual_eos(self) -> int | None:
@@ -356,18 +352,11 @@ def _from_folder(folder) -> Tokenizer:
     except ValueError as e:
         raise ValueError(f"{folder} holds no usable tokenizer ({e})") from None
     # What `save` writes anyway is left out, so that to_json is a plain tokenizer.json where it can.
-    default, kept = result._default_config(), {}
-    for key, value in config.items():
-        if key in foreign.NAMED_TOKENS:
-            value = content_of(value)
-            plain = value is None or result.ids.get(value) == result.eos_id
-        else:
-            plain = key in foreign.BUILDING or default.get(key) == value
-        if not plain:
-            kept[key] = value
+    usual = result._default_config() | dict.fromkeys(foreign.NAMED_TOKENS, config["eos_token"])
+    result.config = {key: value for key, value in config.items() if value is not None
+                     and value != usual.get(key) and key not in foreign.BUILDING}
     if result.eos_id != result.usual_eos():
-        kept["eos_token"] = content_of(config["eos_token"])
-    result.config = kept
+        result.config["eos_token"] = config["eos_token"]
     return result
 
 
@@ -397,15 +386,15 @@ def _from_nanogpt(raw):
             raise ValueError(f"the pickle wants to run {module}.{name}: refused")
 
     meta = Plain(io.BytesIO(raw)).load()
-    alone = "itos" not in meta and "stoi" not in meta
-    if alone and meta.get("vocab_size") in (50257, 50304):  # GPT-2's, perhaps padded
+    ids = meta.get("stoi")
+    if "itos" in meta:
+        words = meta["itos"]
+        ids = {word: i for i, word in (words.items() if isinstance(words, dict) else enumerate(words))}
+    elif ids is None and meta["vocab_size"] in (50257, 50304):  # GPT-2's, perhaps padded
         return open_tokenizer("gpt2")
-    if alone:
+    elif ids is None:
         ids = {f"<{i}>": i for i in range(int(meta["vocab_size"]))}
-    else:
-        words = meta.get("itos") or {i: word for word, i in meta["stoi"].items()}
-        words = words.items() if isinstance(words, dict) else enumerate(words)
-        ids = {word: int(i) for i, word in words}
+    ids = {word: int(i) for word, i in ids.items()}
     longer = [word for word in ids if len(word) != 1]
     if len(longer) < len(ids) / 2:
         return Tokenizer("char", ids, special=longer, config={"eos_token": None})
@@ -517,24 +506,11 @@ def show(*words):
         print(*ids)
 
 
-def compare(*files):
-    texts = [text for path in find_files(files) for text in read_documents(path, None, column)]
-    size = sum(len(text.encode()) for text in texts)
-    if not size:
-        raise ValueError("no text to compare: python tokenizer.py compare FILE …")
-    print("vocabulary       tokens bytes/token   MB/s  tokenizer")
-    for name in tokenizer:
-        opened, start = open_tokenizer(name), time.perf_counter()
-        tokens = sum(len(opened.encode(text)) for text in texts)
-        speed = size / 1e6 / (time.perf_counter() - start)
-        print(f"{opened.vocab_size:10,} {tokens:12,} {size / tokens:11.3f} {speed:6.1f}  {name}")
-
-
 def main(command, *words):
-    {"train": train, "show": show, "compare": compare}[command](*words)
+    {"train": train, "show": show}[command](*words)
 
 
 if __name__ == "__main__":
     from configurator import run
 
-    run(main, globals(), commands=("train", "show", "compare"), positionals=True)
+    run(main, globals(), commands=("train", "show"), positionals=True)

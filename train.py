@@ -99,9 +99,9 @@ FROM_ONE = ("max_steps", "log_interval", "eval_interval", "block_size", "batch_s
 
 
 @torch.inference_mode()
-def evaluate(model, split, env) -> dict:
+def evaluate(model, split, env, num_bytes: int | None = None) -> dict:
     """Mean loss over fixed windows of a split, shared among the ranks: val_loss (nats per token),
-    val_ppl and, where the bytes of its text are known, val_bpb (bits per UTF-8 byte). All batches
+    val_ppl and, given the number of bytes in its text, val_bpb (bits per UTF-8 byte). All batches
     have one shape, as a compiled model wants it, bounded by the size of its logits."""
     T, V = min(block_size, model.config.block_size), model.config.vocab_size
     tokens = split.tokens - 1  # the first is not predicted
@@ -125,9 +125,19 @@ def evaluate(model, split, env) -> dict:
     model.train()
     loss = env.sum(sum(loss.item() * counted for loss, counted in losses))[0] / tokens
     found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700))}
-    if split.bytes and tokens == split.tokens - 1:  # the bytes of a part are not known
-        found["val_bpb"] = loss / math.log(2) * split.tokens / split.bytes
+    if num_bytes:
+        found["val_bpb"] = loss / math.log(2) * (tokens + 1) / num_bytes
     return found
+
+
+def evaluated_bytes(split, tokenizer) -> int | None:
+    """UTF-8 bytes of the text that `evaluate` covers, special tokens left out; None where they are
+    unknown."""
+    if eval_tokens is None or eval_tokens >= split.tokens - 1:
+        return split.bytes
+    special = {*tokenizer.special.values()}
+    ids = split.rows([0], eval_tokens + 1)[0].tolist()
+    return len(tokenizer.decode([i for i in ids if i not in special]).encode())
 
 
 def sample_text(model, tokenizer, tokens: int) -> str:
@@ -235,12 +245,12 @@ def first_model(settings: dict, data, tokenizer) -> GPT:
     return model
 
 
-def report_evaluation(model, data, env):
+def report_evaluation(model, data, env, num_bytes: int | None):
     """--eval_only: evaluates, prints."""
     if quantize:
         Int8Linear.kernel_rows = 10**9  # every product as decoding does it
         prepare(model, quantize)
-    found = evaluate(model, data.val, env)
+    found = evaluate(model, data.val, env, num_bytes)
     bpb = f", {found['val_bpb']:.4f} bits per byte" if "val_bpb" in found else ""
     count = min(data.val.tokens - 1, eval_tokens or math.inf)  # the first is not predicted
     name = f"{init_from} in {quantize}" if quantize else init_from
@@ -274,12 +284,12 @@ def main():
     else:
         tokenizer = data.tokenizer()
         raw_model = first_model(settings, data, tokenizer)
-    config = raw_model.config
+    config, num_bytes = raw_model.config, evaluated_bytes(data.val, tokenizer)
     env.place(raw_model, checkpoint_activations)
     if eval_only:
         if checkpoint is not None:
             raw_model.load_state_dict(checkpoint["model"])
-        return report_evaluation(raw_model, data, env)
+        return report_evaluation(raw_model, data, env, num_bytes)
 
     # ---- the run ----
     betas = beta1, beta2
@@ -352,7 +362,7 @@ def main():
         # once in a while: evaluate, keep the best model
         found = {}
         if run.evaluates:
-            found = evaluate(fast, data.val, env)
+            found = evaluate(fast, data.val, env, num_bytes)
             if run.is_best(found["val_loss"]) and env.rank == 0:
                 run.write(save_best, run.folder, raw_model, tokenizer)
         run.log(**found)

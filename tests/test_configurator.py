@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -344,6 +345,19 @@ def test_run_errors(folder, word, status, start):
     done = script(folder, word)
     assert done.returncode == status and done.stderr.startswith(start)
     assert status == 1 or done.stderr == start
+
+
+@pytest.mark.parametrize("settings, told", [
+    ("batch_size = 12", "--batch_size=12 does not fit, --batch_size=6 may"),
+    ("batch_size = 1", "ask for less at once"),
+    ("batch_size = 32\naccumulation = 2", "--accumulation=4 may fit")])
+def test_out_of_memory_names_what_may_fit(tmp_path, settings, told, capsys):
+    (tmp_path / "fork.py").write_text(settings)
+    space = {"__file__": str(tmp_path / "fork.py")}
+    exec(settings, space)  # noqa: S102
+    with pytest.raises(SystemExit):
+        configurator.run(Mock(side_effect=MemoryError), space, [])
+    assert capsys.readouterr().err == f"error: out of memory; {told}\n"
 
 
 @pytest.mark.parametrize("word", ["many", "--help"])

@@ -186,7 +186,7 @@ def test_damaged_shards_are_named(tmp_path):
     Data(name)  # the size alone does not tell
     with pytest.raises(ValueError, match=r"train_00001\.bin has sha256"):
         Data(name, verify=True)
-    with pytest.raises(ValueError, match=r"train_00000\.bin is missing"):
+    with pytest.raises(ValueError, match=r"No such file .*train_00000\.bin'\); run again"):
         Data(damage(tmp_path, lambda folder: (folder / "train_00000.bin").unlink()))
 
 
