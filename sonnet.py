@@ -13,6 +13,7 @@ poems; the dev poems lie beside it, also one a line, as `sacrebleu REF -i HYP -m
 import math
 import re
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -90,6 +91,7 @@ FIXED = ("tokenizer", "block_size", "n_layer", "n_head", "n_embd", "seed", "mode
          "lora_rank", "lora_alpha", "batch_size", "optimizer")  # a resumed run keeps these
 CHOICES = {"mode": ("full", "lora", "last_blocks")}
 LINES = 14
+READ = {"cuda": 16}  # tokens that are read together, as each time a GPU is waited for
 RHYMES = ((0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 13))  # ABAB CDCD EFEF GG
 SWEEP = [{"temperature": 0.0}, {"num_beams": 2}, {"num_beams": 4},
          *({"temperature": t, "top_p": p} for t in (0.5, 0.8, 1.1) for p in (0.8, 0.9, 1.0))]
@@ -173,14 +175,14 @@ def continue_rows(model: GPT, tok, rows, generator, temperature=1.0, top_p=None,
     breaks = [token.count(b"\n") for token in tok.tokens]
     lines = [sum(breaks[i] for i in row) for row in rows]
     new, open_rows = [[] for _ in rows], range(len(rows))
-    for step in tqdm(steps, "poems", n, unit=" tokens of each", delay=2, leave=False, disable=None):
-        tokens = step.tolist()
-        for i in open_rows:
-            new[i].append(tokens[i])
-            lines[i] += breaks[tokens[i]]
-        open_rows = [i for i in open_rows if tokens[i] != tok.eos_id and lines[i] < LINES]
-        if not open_rows:
-            break
+    steps = iter(tqdm(steps, "poems", n, unit=" tokens of each", delay=2, leave=False,
+                      disable=None))
+    while open_rows and (read := [*islice(steps, READ.get(idx.device.type, 1))]):
+        for tokens in torch.stack(read).tolist():
+            for i in open_rows:
+                new[i].append(tokens[i])
+                lines[i] += breaks[tokens[i]]
+            open_rows = [i for i in open_rows if tokens[i] != tok.eos_id and lines[i] < LINES]
     return new
 
 

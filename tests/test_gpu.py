@@ -305,6 +305,24 @@ def test_lengths_of_fine_tunings_are_few_graphs():
         assert graphs.frame_count <= 3
 
 
+@pytest.mark.parametrize("script", [train, finetune_cls, finetune_instruct])
+def test_compiled_trainings_are_those_of_plain_ones(script, data, tmp_path, monkeypatch, capsys):
+    start(train, *TINY, data, "--device=cpu", "--max_steps=1", f"--out_dir={tmp_path}/base")
+    argv = [*texts_of(tmp_path)[script], "--device=cpu", "--dropout=0", "--log_interval=1"]
+    argv += [data] if script is train else [f"--init_from={tmp_path}/base", "--epochs=1"]
+    with_inductor = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **more: with_inductor(
+        *args, backend="eager", **more))
+    found = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        start(script, *argv, f"--compile={compile}", f"--out_dir={tmp_path}/{compile}")
+        assert "torch.compile failed" not in capsys.readouterr().out
+        found.append([row[key] for row in rows(tmp_path / f"{compile}")
+                      for key in ("train_loss", "val_loss") if key in row])
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) > 3
+
+
 @pytest.mark.parametrize("order", ["wrapped first", "compiled first"])
 def test_gradients_travel_during_the_backward_pass(order):
     """DDP cuts the graph into pieces, one for each bucket, where it is there when that is made."""

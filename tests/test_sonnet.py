@@ -156,7 +156,9 @@ def plainly(model, row, u=None) -> list[int]:
     return ids[len(row):]
 
 
-def test_a_batch_decodes_as_one_at_a_time():
+@pytest.mark.parametrize("read", [1, 16])
+def test_a_batch_decodes_as_one_at_a_time(monkeypatch, read):
+    monkeypatch.setattr(script, "READ", {"cpu": read})
     model, script.max_new_tokens = tiny(5), 40
     assert CHARS.eos_id == 4 and CHARS.tokens[0] == b"\n"
     greedy = script.continue_rows(model, CHARS, PROMPTS, None, temperature=0.0)
@@ -172,7 +174,9 @@ def test_a_batch_decodes_as_one_at_a_time():
     assert 4 in ends and len({tuple(new) for new in found}) > 10
 
 
-def test_decoding_stops_at_fourteen_lines():
+@pytest.mark.parametrize("read", [1, 16])
+def test_decoding_stops_at_fourteen_lines(monkeypatch, read):
+    monkeypatch.setattr(script, "READ", {"cpu": read})
     model, script.max_new_tokens = tiny(5), 60
     model.lm_head = torch.nn.Linear(16, 5).double()
     with torch.no_grad():  # whatever came before: a break, or an "a"
