@@ -109,16 +109,19 @@ def take_settings(script: dict):
         return
     for path in checkpoints(Path(script["out_dir"]))[:2]:
         with suppress(ValueError, TypeError, OSError):  # a damaged one is for open_run
-            saved = load_torch(path)
-            old = dict(saved.get("settings"))
-            old |= {name: value for name, value in dict(saved.get("config")).items()
-                    if old.get(name) is not None}  # sizes that a pretrained model decided
+            old = settings_of(load_torch(path))
             script.update({name: value for name, value in old.items() if name in script
                            and name not in script["_given"] and name not in OF_THE_MOMENT})
             return
     if script["init_from"] == "resume" and not checkpoints(Path(script["out_dir"])):
         raise ValueError(f"no {Path(script['out_dir'], 'ckpt.pt')} to resume from; start without "
                          "--init_from=resume")
+
+
+def settings_of(checkpoint: dict) -> dict:
+    """The settings that a run was begun with, and the sizes that a pretrained model decided."""
+    old, config = dict(checkpoint.get("settings")), dict(checkpoint.get("config"))
+    return old | {name: size for name, size in config.items() if old.get(name) is not None}
 
 
 def check_settings(path: Path, old: dict, new: dict, names, command: str | None = None):
@@ -208,7 +211,7 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type) -> dict | No
     env.sum(0)  # the other ranks wait for that
     if resumes and checkpoints(out):
         checkpoint = newest_checkpoint(out, env.say, **fields)
-        check_settings(checkpoint["path"], checkpoint["settings"], settings, fixed,
+        check_settings(checkpoint["path"], settings_of(checkpoint), settings, fixed,
                        checkpoint.get("command"))
         return checkpoint
     kinds = ("ckpt*.pt", "results.json", "best/config.json")  # what is worth keeping

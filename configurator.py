@@ -237,7 +237,9 @@ def read_config(word, kinds, values):
     path = word if os.path.exists(word) else os.path.join(HERE, word)
     if not os.path.exists(path):
         there = ", ".join(sorted(glob.glob("config/[!_]*.py", root_dir=HERE))) or "none"
-        raise error(f"no config file {word!r}; there are: {there}")
+        near = difflib.get_close_matches(word, there.split(", "), 1, 0.85)
+        raise error(f"no config file {word!r}; "
+                    + (f"did you mean {near[0]}?" if near else f"there are: {there}"))
     space = copy.deepcopy(values) | {"__file__": os.path.abspath(path), "__name__": "config"}
     try:
         with open(path, "rb") as f:
@@ -270,7 +272,7 @@ def print_help(doc, known):
 
 def unknown(shown, name, kinds, dashes=""):
     if name in NANOGPT:
-        return error(f"{shown} is nanoGPT's; here it is {NANOGPT[name]}")
+        return error(f"{shown} is nanoGPT's; here it is {dashes}{NANOGPT[name]}")
     near = difflib.get_close_matches(name, kinds, 1)
     hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists the settings"
     return error(f"{shown}: unknown setting; {hint}")

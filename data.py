@@ -247,7 +247,8 @@ class Data:
         if missing or (self.folder / ".lock").exists():  # a lock: ours, and not whole
             missing = " and ".join(missing) or "shards of others"
             raise ValueError(f"no prepared data in {self.folder} (neither meta.json nor {missing});"
-                             f" first run: {self.again}")
+                             f" first run: {self.again}; or begin with a small text: python "
+                             "prepare_text.py, then python train.py config/quickstart.py")
         if (self.folder / "meta.pkl").is_file():
             self.vocab_size, self.eos_id = self.tokenizer().vocab_size, None
         else:

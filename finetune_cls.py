@@ -123,6 +123,9 @@ def make_examples(table: list[dict], where: str, needs_labels: bool) -> list[Exa
     label is missing or a fraction."""
     if not table or not all(isinstance(row, dict) for row in table):
         raise ValueError(f"{where} has no rows, or some without named columns")
+    if needs_labels and first_of(table[0], label_column, where) is where:  # no such column
+        raise ValueError(f"{where} has no column {' or '.join(label_column)}; its columns are "
+                         f"{', '.join(table[0])}: name the one with the labels by --label_column")
     examples = []
     for number, row in enumerate(table, 1):
         if row.get("#1 ID") == "-1":  # MRPC's training file ends with four rows of another kind
@@ -162,6 +165,8 @@ def read_splits() -> dict[str, list[Example]]:
                          "config/finetune_sst.py with --data_dir=FOLDER")
     else:
         for name, file in files.items():
+            if name == "test" and not file.is_file():
+                raise ValueError(f"there is no {file}; without a test set: --test_file=")
             splits[name] = make_examples(read_table(file), file, name != "test")
     if "dev" not in splits:
         train = splits["train"]
@@ -346,7 +351,8 @@ def load(name: str, names: list[str], env) -> tuple:
             gpt.lm_head.weight.data = rows
             weight = rows[answer_ids(tokenizer, names)]
         elif epochs:
-            env.say(f"a new linear layer is made for the classes {names}; {name} has {own}")
+            env.say(f"{name} has {f'the classes {own}' if own else 'no classes yet'}: a new linear "
+                    f"layer is made for {len(names)} classes")
             weight = torch.randn(len(names), gpt.config.n_embd) * 0.02
         else:
             raise ValueError(f"{name} has no linear layer for the classes {names}, and epochs=0 "
@@ -373,10 +379,10 @@ def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs:
               finetune_cls=how)
     if style == "head":
         del net.gpt.score
-        before = "It reads texts that went through `text.normalize` of taleGPT. " * lowercase
+        before = "It reads texts that went through `text.normalize` of taleGPT. "
         write_text(out / "best" / "README.md", (
-            f"{before}A GPT-2 that classifies texts, trained with taleGPT; transformers loads it "
-            'by `pipeline("text-classification", FOLDER, truncation=True)`. '
+            f"{before if lowercase else ''}A GPT-2 that classifies texts, trained with taleGPT; "
+            'transformers loads it by `pipeline("text-classification", FOLDER, truncation=True)`. '
             f"Classes: {', '.join(names)}. How it reads a text: {how}\n"))
 
 
@@ -625,7 +631,10 @@ def main():
         draw(run.folder / "confusion.png", confusion, names)
         run.metrics.plot(unit="text")
     run.results(results)
-    env.say(f"{run.step:,} steps in {run.elapsed_s:.0f} s, {texts_per_s:.1f} texts/s\n"
+    if cs224n:
+        env.say(f"to hand in: {out / 'predictions'}")
+    env.say(f"epoch {run.best[-1]} was the best; {run.step:,} steps in {run.elapsed_s:.0f} s, "
+            f"{texts_per_s:.1f} texts/s; all numbers: {out / 'results.json'}\n"
             f"classify: python finetune_cls.py --init_from={shlex.quote(str(out))} --predict \"…\"")
     env.close()
 

@@ -64,7 +64,8 @@ def find_file(name, file: str, revision=None) -> Path | None:
         hint = f"train it first: python train.py --out_dir={name}"
         if (HERE / config).is_file():
             hint = f"the header of {config} says how to make it"
-        raise ValueError(f"no such run: {name}; {hint}")
+        raise ValueError(f"no such run: {name}; {hint}, or begin with another model: "
+                         "--init_from=gpt2, --init_from=weights")
     if "/" not in str(name) and "gpt2" not in str(name):  # before the hub, which takes its time
         folders = [path.name for path in Path().iterdir() if path.is_dir()] + ["weights"]
         if near := difflib.get_close_matches(str(name), folders, 1, 0.8):

@@ -98,7 +98,11 @@ def main():
                   "val": held_out(input, val_fraction, val=True)}
     meta = write_data(name, tok, splits, special=parse_special)
     print(f"{tok.name} tokens, vocabulary of {tok.vocab_size:,}\n{describe(meta)}")
-    chosen = "config/quickstart.py" if name == "shakespeare" else f"--dataset={shlex.quote(name)}"
+    config = "quickstart" if tok.name in ("char", "bytes") else "tinystories_cpu"
+    chosen = "--init_from=gpt2 --learning_rate=3e-5" if tok.name == "gpt2" else f"config/{config}.py"
+    if name != "shakespeare":
+        out = f"out/{name.rstrip('/').rpartition('/')[2]}"
+        chosen += f" --dataset={shlex.quote(name)} --out_dir={shlex.quote(out)}"
     print(f"next: python train.py {chosen}")
 
 

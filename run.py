@@ -37,6 +37,7 @@ from files import naming, replacing, write_text
 COUNTS = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "skipped": 0,
           "loss_sum": 0.0, "counted": 0}  # the last two: since the last row, of all ranks
 ROW_INTERVAL = 10  # updates between rows of metrics.jsonl, where lines are rarer
+LONGEST_SILENCE = 10  # seconds, after which the next row is printed, too
 NO_LINE = 0.0, 0, 0, 0.0, 0  # loss, targets, tokens, seconds and updates since the last line
 
 
@@ -75,7 +76,7 @@ class Run:
                 self.say_resumed(checkpoint["settings"])
         # of this rank, since the last row
         self.losses = torch.tensor(self.loss_sum if env.rank == 0 else 0.0, device=env.device)
-        self.updates, self.bad_in_a_row = [], 0  # (step, norm, source) since the last line
+        self.updates, self.bad_in_a_row = [], 0  # (step, norm, source) since the last row
         self.stopped = self.improved = self.evaluates = self.saves = False
         self.logs = self.prints = True  # of an evaluation before the first step
         self.line = NO_LINE
@@ -132,6 +133,7 @@ class Run:
         gc.collect()
         gc.freeze()  # else every full collection looks at all of torch, for milliseconds
         self.start_clock()
+        self.printed = self.clock
         try:
             while self.step < self.max_steps and not self.stopped:
                 self.scale = self.schedule(step=self.step)
@@ -155,6 +157,9 @@ class Run:
     def receive(self, number, frame):
         """Notes a stop signal, which is asked for after each update. A second Ctrl-C interrupts at
         once; a second SIGTERM does not, as torchrun sends one, too."""
+        if not self.received:
+            again = "; Ctrl-C again stops without saving" if number == signal.SIGINT else ""
+            self.env.say(f"stopping after this update, which is then saved{again}")
         self.received = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -193,6 +198,8 @@ class Run:
         between = self.settings["log_interval"]
         self.prints = self.evaluates or self.step % between == 0
         self.logs = self.prints or self.step % min(between, ROW_INTERVAL) == 0
+        if self.logs and time.perf_counter() - self.printed > LONGEST_SILENCE:
+            self.prints = True
         # Asking makes several GPUs wait for each other, so it is done every few seconds: torchrun
         # kills 30 seconds after its SIGTERM.
         if self.logs or self.env.world == 1 or self.step % self.ask_interval == 0:
@@ -259,7 +266,7 @@ class Run:
         if self.prints or self.stopped:
             if self.env.rank == 0:
                 self.show(measures)
-            self.line = NO_LINE
+            self.line, self.printed = NO_LINE, time.perf_counter()
         if not self.logs:  # a stop leaves no row of its own
             return
         if self.env.rank == 0:
@@ -287,10 +294,10 @@ class Run:
             parts += [f"{name} {value:.4g}" for name, value in measures.items()
                       if not name.startswith("val_")]
             self.env.say("  ".join([*parts, f"left {duration(left)}"]))
-        found = [f"{label} {measures[name]:.4f}" for name, label in VALIDATION.items()
-                 if name in measures]
+        found = [f"{label} {measures[name]:{'.4g' if name == 'val_ppl' else '.4f'}}"
+                 for name, label in VALIDATION.items() if name in measures]
         if found:
-            best = " (best so far)" if self.improved else ""
+            best = " (best)" if self.improved else ""
             self.env.say(f"step {self.step}: {', '.join(found)}{best}")
 
     def write(self, work, *values, **options):
@@ -459,8 +466,8 @@ class Metrics:
                 rows[round((high - mean) / max(high - low, 1e-9) * (height - 1))][x] = "•"
         labels = [f"{high:7.3f} ", *[" " * 8] * (height - 2), f"{low:7.3f} "]
         lines = [f"{label}│{''.join(row).rstrip()}" for label, row in zip(labels, rows)]
-        return "\n".join([*lines, f"{' ' * 8}└{'─' * width}",
-                          f"{'training loss, 0':>24}{f'{points[-1][0]:,} tokens':>{width - 15}}"])
+        return "\n".join(["training loss", *lines, f"{' ' * 8}└{'─' * width}",
+                          f"{'0':>9}{f'{points[-1][0]:,} tokens':>{width}}"])
 
     def plot(self, unit: str = "token"):
         """Losses, in nats per unit, over training tokens; a panel for each other measure."""

@@ -119,7 +119,8 @@ def read_data(folder: str | None) -> list[dict[int, str]]:
     paths = [Path(folder or "") / name for name in FILES]
     missing = [path.name for path in paths if not folder or not path.is_file()]
     if missing:
-        raise ValueError(f"--data_dir={folder} lacks {', '.join(missing)} of the CS224n project "
+        given = f"--data_dir={folder} lacks" if folder else "give --data_dir=FOLDER with"
+        raise ValueError(f"{given} {', '.join(missing)} of the CS224n project "
                          "\"Build GPT-2\": a header, then for each poem a line with its number, a "
                          "blank line and its lines, in sonnets_held_out* the first three")
     train, dev, gold, test = poems = [read_poems(path) for path in paths]

@@ -208,6 +208,7 @@ def test_values(conf, argv, name, value):
     (["word"], "unexpected word 'word'"),
     (["-x"], "unexpected word '-x'"),
     (["--flag", "False"], "unexpected word 'False'"),
+    (["config/smal.py"], "no config file 'config/smal.py'; did you mean config/small.py?"),
     (["config/none.py"], "no config file 'config/none.py'; there are: config/list.py, config/small.py"),
     (["\0.py"], "no config file"),
 ])
@@ -418,5 +419,5 @@ def test_what_people_type(tmp_path, monkeypatch, conf):
     assert found["rate"] == 0.5 and found["_given"] == {"steps", "rate", "start", "input"}
     for name, told in (("eval_iters", "eval_tokens, in tokens"), ("min_lr", "min_lr_scale, a fraction of learning_rate"),
                        ("gradient_accumulation_steps", "total_batch_tokens")):
-        with pytest.raises(ValueError, match=f"--{name} is nanoGPT's; here it is {told}"):
+        with pytest.raises(ValueError, match=f"--{name} is nanoGPT's; here it is --{told}"):
             conf(f"--{name}=3")

@@ -421,6 +421,23 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, capsys)
     assert found["best_epoch"] == 0 and not (tmp_path / "cut" / "ckpt.pt").exists()
 
 
+def test_a_base_model_of_other_sizes_is_resumed(tmp_path, monkeypatch):
+    """By the command that is printed, which names no sizes."""
+    folder = course(tmp_path / "data")
+    assert run(folder, tmp_path / "base", "--epochs=1")
+    update = script.Run.update
+    monkeypatch.setattr(script.Run, "update", lambda *args, **more: (
+        signal.raise_signal(signal.SIGTERM), update(*args, **more)))
+    argv = ["--device=cpu", f"--data_dir={folder}", f"--out_dir={tmp_path}/cut", "--epochs=2",
+            "--max_new_tokens=8", "--candidates=1"]
+    start(script, *argv, f"--init_from={tmp_path}/base")
+    assert load_torch(tmp_path / "cut" / "ckpt.pt")["step"] == 1
+    monkeypatch.undo()
+    start(script, *argv, "--init_from=resume")
+    saved = load_torch(tmp_path / "cut" / "ckpt.pt")
+    assert saved["config"]["n_embd"] == 16 and saved["step"] > 1
+
+
 def test_words_of_a_verse():
     assert script.words("Feed'st thy 'self-substantial' fuel; -- '") == [
         "feed'st", "thy", "self", "substantial", "fuel"]
