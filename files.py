@@ -74,7 +74,8 @@ def read_json(path) -> dict:
 def hub_file(name: str, file: str, revision: str | None = None):
     """Path of a hub repository's file in the local cache, downloaded if need be; None if it has
     none. A cached copy is taken as it is; `revision` pins one."""
-    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import errors, hf_hub_download, logging, try_to_load_from_cache
+    logging.set_verbosity_error()  # without a network it tells of each of its retries
     try:
         try:
             return Path(hf_hub_download(name, file, revision=revision, local_files_only=True))

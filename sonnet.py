@@ -352,6 +352,8 @@ def main():
     dev_loss, epoch = run.best
     bits = dev_loss / math.log(2) * sum(len(row) - 1 for row in dev)
     dev_bpb = bits / sum(len(poem.encode()) for poem in gold.values())
+    env.say(f"the model of epoch {epoch}, with the lowest dev loss, {dev_loss:.4f}, is in "
+            f"{run.folder / 'best'}; it finishes the poems")
     model = prepare(GPT.from_pretrained(run.folder / "best").to(env.device))
     grams = {gram for poem in poems.values() for gram in ngrams(words(poem), 5)}
     measured = partial(measure, prompts=prompts, gold=gold, known=grams)
