@@ -214,6 +214,8 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type) -> dict | No
         check_settings(checkpoint["path"], settings_of(checkpoint), settings, fixed,
                        checkpoint.get("command"))
         return checkpoint
+    if init_from == "auto":
+        env.say(f"there is no run in {out} yet: a new one begins")
     kinds = ("ckpt*.pt", "results.json", "best/config.json")  # what is worth keeping
     found = sorted({path.relative_to(out).parts[0] for kind in kinds for path in out.glob(kind)})
     if found and not overwrite:

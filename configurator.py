@@ -152,7 +152,10 @@ def command_line(**changes) -> str:
     words = sys.argv[1:]
     for i, word in reversed([*enumerate(words)]):
         key, equals, _ = word.partition("=")
-        if key.startswith("--") and key[2:].replace("-", "_") in changes:
+        name = key[2:].replace("-", "_") if key.startswith("--") else ""
+        if name == "overwrite" and "init_from" in changes:  # which a run that goes on does not
+            del words[i]
+        elif name in changes:
             del words[i:i + (1 if equals else 2)]  # its value may be the next word
     words += [f"--{key}={value}" for key, value in changes.items()]
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *words])

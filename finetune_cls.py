@@ -123,9 +123,12 @@ def make_examples(table: list[dict], where: str, needs_labels: bool) -> list[Exa
     label is missing or a fraction."""
     if not table or not all(isinstance(row, dict) for row in table):
         raise ValueError(f"{where} has no rows, or some without named columns")
-    if needs_labels and first_of(table[0], label_column, where) is where:  # no such column
-        raise ValueError(f"{where} has no column {' or '.join(label_column)}; its columns are "
-                         f"{', '.join(table[0])}: name the one with the labels by --label_column")
+    columns = {"text": text_column, "text_pair": text_pair_column, "label": label_column}
+    for kind, names in columns.items():
+        needed = needs_labels if kind == "label" else names
+        if needed and first_of(table[0], names, where) is where:  # no such column
+            raise ValueError(f"{where} has no column {' or '.join(names)}; its columns are "
+                             f"{', '.join(table[0])}: name the right one by --{kind}_column")
     examples = []
     for number, row in enumerate(table, 1):
         if row.get("#1 ID") == "-1":  # MRPC's training file ends with four rows of another kind

@@ -99,7 +99,10 @@ def main():
     meta = write_data(name, tok, splits, special=parse_special)
     print(f"{tok.name} tokens, vocabulary of {tok.vocab_size:,}\n{describe(meta)}")
     config = "quickstart" if tok.name in ("char", "bytes") else "tinystories_cpu"
-    chosen = "--init_from=gpt2 --learning_rate=3e-5" if tok.name == "gpt2" else f"config/{config}.py"
+    chosen = f"config/{config}.py"
+    if tok.name == "gpt2":
+        chosen = ("--init_from=gpt2 --learning_rate=3e-5 --warmup_steps=20 --max_steps=200 "
+                  "--batch_size=4 --block_size=256")
     if name != "shakespeare":
         out = f"out/{name.rstrip('/').rpartition('/')[2]}"
         chosen += f" --dataset={shlex.quote(name)} --out_dir={shlex.quote(out)}"

@@ -29,7 +29,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import fitting, note_newest, replace_run, restore, save_checkpoint
+from checkpoint import (
+    fitting,
+    note_newest,
+    replace_run,
+    restore,
+    save_checkpoint,
+    settings_of,
+)
 from configurator import command_line
 from device import host_copy
 from files import naming, replacing, write_text
@@ -37,7 +44,7 @@ from files import naming, replacing, write_text
 COUNTS = {"step": 0, "tokens": 0, "elapsed_s": 0.0, "skipped": 0,
           "loss_sum": 0.0, "counted": 0}  # the last two: since the last row, of all ranks
 ROW_INTERVAL = 10  # updates between rows of metrics.jsonl, where lines are rarer
-LONGEST_SILENCE = 10  # seconds, after which the next row is printed, too
+LONGEST_SILENCE = 10  # seconds, after which there is a line in any case
 NO_LINE = 0.0, 0, 0, 0.0, 0  # loss, targets, tokens, seconds and updates since the last line
 
 
@@ -73,7 +80,7 @@ class Run:
             if checkpoint["path"].name == "ckpt.pt":
                 self.last_saved = self.step
             if self.step < max_steps:
-                self.say_resumed(checkpoint["settings"])
+                self.say_resumed(settings_of(checkpoint))
         # of this rank, since the last row
         self.losses = torch.tensor(self.loss_sum if env.rank == 0 else 0.0, device=env.device)
         self.updates, self.bad_in_a_row = [], 0  # (step, norm, source) since the last row
@@ -81,6 +88,7 @@ class Run:
         self.logs = self.prints = True  # of an evaluation before the first step
         self.line = NO_LINE
         self.ask_interval = 1  # steps between questions for a stop signal
+        self.takes = ""  # how long an update is, where it is long
         self.row = {key: getattr(self, key) for key in ("step", "tokens", "elapsed_s")}
         self.metrics = self.received = None
         self.writer = ThreadPoolExecutor(1) if env.type in self.IN_BACKGROUND else None
@@ -159,7 +167,7 @@ class Run:
         once; a second SIGTERM does not, as torchrun sends one, too."""
         if not self.received:
             again = "; Ctrl-C again stops without saving" if number == signal.SIGINT else ""
-            self.env.say(f"stopping after this update, which is then saved{again}")
+            self.env.say(f"stopping after this update{self.takes}, which is then saved{again}")
         self.received = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -198,8 +206,9 @@ class Run:
         between = self.settings["log_interval"]
         self.prints = self.evaluates or self.step % between == 0
         self.logs = self.prints or self.step % min(between, ROW_INTERVAL) == 0
-        if self.logs and time.perf_counter() - self.printed > LONGEST_SILENCE:
-            self.prints = True
+        silent = time.perf_counter() - self.printed > LONGEST_SILENCE
+        if silent and (self.logs or self.env.world == 1):  # several ranks make rows together
+            self.logs = self.prints = True
         # Asking makes several GPUs wait for each other, so it is done every few seconds: torchrun
         # kills 30 seconds after its SIGTERM.
         if self.logs or self.env.world == 1 or self.step % self.ask_interval == 0:
@@ -222,6 +231,7 @@ class Run:
         self.line = tuple(before + new for before, new in zip(self.line, now))
         step_s = self.env.sum(seconds / steps)[0] / self.env.world
         self.ask_interval = max(1, int(5 / step_s))  # the same on all ranks
+        self.takes = f" of {duration(step_s)}" if step_s > 5 else ""
         mfu = speed * self.flops / (peak * self.env.world) if self.flops and peak else None
         self.row = {
             "step": self.step, "tokens": self.tokens, "train_loss": self.loss_sum / self.counted,

@@ -310,7 +310,7 @@ def main():
     check_data(checkpoint, known, data_dir)
     env.place(model)
     trained = set_trainable(model, mode, train_blocks, lora_rank, lora_alpha)
-    env.say(f"{init_from}: {model.num_params():,} parameters, {trained:,} trained ({mode}); "
+    env.say(f"{out if init_from == 'resume' else init_from}: {model.num_params():,} parameters, {trained:,} trained ({mode}); "
             f"{len(rows)} poems of {fmean(map(len, rows)):.0f} tokens ({tok.name})")
 
     # ---- the run ----

@@ -566,7 +566,7 @@ GOOD = [{"text": f"x {'ab'[i % 2]}", "label": i % 2} for i in range(8)]
 
 
 @pytest.mark.parametrize(("changes", "argv", "word"), [
-    ({}, ["--text_column=review"], r"row 1 of \S+ has no text in the columns \['review'\]"),
+    ({}, ["--text_column=review"], r"has no column review; its columns are text, label: .* --text_column"),
     ({"dev": [{"text": "x", "label": "0"}, {"text": "x", "label": "7"}]}, [],
      r"row 2 of \S+dev.csv has the label '7'.*: 0, 1"),
     ({}, ["--classes", "0", "1", "2"], r"classes: .*'2'\], in its rows: \['0', '1'\]"),

@@ -35,7 +35,7 @@ import device
 import sample
 import train
 from checkpoint import restore, save_checkpoint
-from configurator import configure
+from configurator import command_line, configure
 from data import Data, write_data
 from device import Device
 from hf import load_torch
@@ -583,6 +583,14 @@ def test_resume_takes_the_settings_of_today(shared, tmp_path):
     groups = weights(tmp_path)["optimizer"]["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert all(tuple(g["betas"]) == (0.9, 0.9) for g in groups)
+
+
+def test_the_command_that_goes_on_begins_nothing_anew(shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed=2", "--overwrite", "--init_from", "auto"])
+    assert command_line(init_from="resume") == "python train.py --seed=2 --init_from=resume"
+    run_train(*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}/new", "--max_steps=1",
+              "--init_from=auto")
+    assert f"there is no run in {tmp_path}/new yet: a new one begins" in capsys.readouterr().out
 
 
 def test_a_diverged_run_still_logs(tmp_path, monkeypatch):
