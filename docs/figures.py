@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
+RUNS = {"tinystories_box": "4.3 M parameters, one core", "tinystories_cpu": "2.6 M, two cores"}
 LAYOUT = {"papersize": '"a4"', "fontsize": '"9.2pt"', "margin": '{"x": "19mm", "y": "17mm"}'}
 
 
@@ -29,13 +30,14 @@ def loss():
         ratios += [row["val_bpb"] / row["val_loss"] for row in rows if "val_bpb" in row]
         for ax, key, scale in ((axes[0], "tokens", 1e6), (axes[1], "elapsed_s", 60)):
             for y, style in (("train_loss", {"lw": 0.7, "alpha": 0.45}),
-                             ("val_loss", {"lw": 1.6, "marker": "o", "ms": 3.5, "label": file.stem})):
+                             ("val_loss", {"lw": 1.6, "marker": "o", "ms": 3.5,
+                                           "label": RUNS.get(file.stem, file.stem)})):
                 points = [(row[key] / scale, row[y]) for row in rows if y in row and key in row]
                 if points:
                     ax.plot(*zip(*points), color=f"C{colour}", **style)
-    axes[0].set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", ylim=(None, 5))
+    axes[0].set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", ylim=(None, 4.4))
     axes[1].set(xlabel="minutes of training")
-    axes[0].legend(frameon=False, fontsize=8, title="validation; training thin", title_fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, title="thick: validation, thin: training", title_fontsize=8)
     if ratios and max(ratios) < 1.01 * min(ratios):
         right = axes[1].secondary_yaxis("right", functions=(lambda x: x * ratios[0],
                                                             lambda x: x / ratios[0]))
