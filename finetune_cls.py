@@ -367,7 +367,8 @@ def load(name: str, names: list[str], env) -> tuple:
 def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs: bool):
     """OUT/best, in its config.json what `classify` must know, in its README.md what others must."""
     how = {"style": style, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
-           "lowercase": lowercase, "max_tokens": T, "pairs": pairs}
+           "lowercase": lowercase, "max_tokens": T, "pairs": pairs,
+           "text_column": text_column, "text_pair_column": text_pair_column}
     architecture, files = "GPT2LMHeadModel", {}
     if style == "head":
         architecture = "GPT2ForSequenceClassification"
@@ -485,6 +486,8 @@ def classify(env):
            "keep": "tail" if limits.get("truncation_side") == "left" else "head",
            "max_tokens": limits.get("model_max_length")}
     how |= config.get("finetune_cls", {})  # which those of others lack
+    for name in {"text_column", "text_pair_column"} & globals()["_given"]:
+        how.pop(name, None)
     n = 1 + how["pairs"]  # texts that go together
     globals().update(how, epochs=0)
     net, tokenizer = load(init_from, names, env)

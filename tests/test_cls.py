@@ -156,9 +156,7 @@ def test_best_loads_in_transformers_with_our_logits(base, tmp_path, pairs, style
     assert [float(row["probability"]) for row in written] == pytest.approx(p, abs=1e-4)
     # --predict_file and --predict, from a trained run alone
     file = "ptest.csv" if pairs else "test.csv"
-    more = ("--text_column=one", "--text_pair_column=two") if pairs else ()
-    for argv in ([f"--predict_file={base / file}", *more],
-                 ["--predict", *test[3].text]):
+    for argv in ([f"--predict_file={base / file}"], ["--predict", *test[3].text]):
         capsys.readouterr()
         start(f"--init_from={tmp_path}", f"--out_dir={tmp_path}/elsewhere", *argv)
     shown = capsys.readouterr().out
@@ -166,6 +164,8 @@ def test_best_loads_in_transformers_with_our_logits(base, tmp_path, pairs, style
     assert (tmp_path / f"predictions_of_{file}").read_text() == (
         tmp_path / "predictions_test.csv").read_text()  # beside the run, and its own are untouched
     assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(ValueError, match="no column else"):  # not the run's where they are given
+        start(f"--init_from={tmp_path}", f"--predict_file={base / file}", "--text_column=else")
 
 
 @pytest.mark.parametrize("names", [["LABEL_0", "LABEL_1"], ["bad", "so so", "good"]])
