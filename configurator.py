@@ -282,4 +282,4 @@ def unknown(shown, name, kinds, dashes=""):
 
 
 def error(message):
-    return ValueError(" ".join(str(message).split()))  # one line, whatever was in it
+    return ValueError(" ".join(message.split()))  # one line, whatever was in it

@@ -246,9 +246,10 @@ class Data:
             missing += [] if files[split] else [f"{split}.bin"]
         if missing or (self.folder / ".lock").exists():  # a lock: ours, and not whole
             missing = " and ".join(missing) or "shards of others"
+            small = ("; or begin with a small text: python prepare_text.py, then python train.py "
+                     "config/quickstart.py" if self.folder.name != "shakespeare" else "")
             raise ValueError(f"no prepared data in {self.folder} (neither meta.json nor {missing});"
-                             f" first run: {self.again}; or begin with a small text: python "
-                             "prepare_text.py, then python train.py config/quickstart.py")
+                             f" first run: {self.again}{small}")
         if (self.folder / "meta.pkl").is_file():
             self.vocab_size, self.eos_id = self.tokenizer().vocab_size, None
         else:
@@ -272,10 +273,12 @@ class Data:
                         raise ValueError(f"{shard['file']!r} is no shard, or outside the folder")
                     size, found = shard["tokens"] * dtype.itemsize, file.stat().st_size
                     if found != size or not size:
-                        raise ValueError(f"{file.name} has {found:,} bytes, meta.json says {size:,}")
-                    if verify and sha256_of_file(file) != shard["sha256"]:
-                        raise ValueError(f"{file.name} has sha256 {sha256_of_file(file)}, meta.json "
-                                         f"says {shard['sha256']}")
+                        raise ValueError(f"{file.name} has {found:,} bytes, meta.json says "
+                                         f"{size:,}")
+                    found = verify and sha256_of_file(file)
+                    if verify and found != shard["sha256"]:
+                        raise ValueError(f"{file.name} has sha256 {found}, meta.json says "
+                                         f"{shard['sha256']}")
                 setattr(self, split, Split(files, dtype, self.vocab_size, int(info["bytes"])))
         except Exception as e:  # noqa: BLE001 (whatever a damaged file raises)
             raise ValueError(f"{self.folder} cannot be used ({type(e).__name__}: {e!s:.200}); "

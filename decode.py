@@ -143,8 +143,8 @@ def prepare(model: GPT, quantize: str | None = None, compile: bool = False, rows
     quantize: None keeps every weight as it is and, on a CPU, only changes their layout; "int8"
     rounds the weights of all linear layers, the head included. rows: how many texts are decoded
     together; from 8 on a CPU computes in float32 what it could only read faster in 8 bits or, where
-    it has no units for it, in bfloat16. On a GPU one-token steps become a CUDA graph, with `compile`
-    of fused kernels, which takes half a minute to build.
+    it has no units for it, in bfloat16. On a GPU one-token steps become a CUDA graph, with
+    `compile` of fused kernels, which takes half a minute to build.
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r} is unknown: int8, or None for unchanged weights")

@@ -619,7 +619,6 @@ def main():
     # ---- the best model on dev and test ----
     if run.best == (math.inf,):
         raise ValueError("the loss on dev was never finite; lower --learning_rate")
-    run.wait_written()
     env.sum(0)  # the best model is on disk
     best, _ = load(run.folder, names, env)
     texts_per_s = len(lengths) * run.step / per_epoch / run.elapsed_s if epochs else 0

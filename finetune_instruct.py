@@ -372,7 +372,6 @@ def main():
         return env.close()
 
     # ---- the best model on the test split ----
-    run.wait_written()
     env.sum(0)  # it is on disk
     best = env.place(GPT.from_pretrained(out / "best"))
     loss = evaluate(AnswerLoss(best), test, env)

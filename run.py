@@ -343,7 +343,6 @@ class Run:
 
     def results(self, results: dict):
         """OUT/results.json, which closes a fine-tuning, with the settings."""
-        self.wait_written()
         if self.env.rank == 0:
             write_text(self.folder / "results.json", json.dumps(
                 results | {"settings": self.settings}, indent=1) + "\n")

@@ -310,7 +310,8 @@ def main():
     check_data(checkpoint, known, data_dir)
     env.place(model)
     trained = set_trainable(model, mode, train_blocks, lora_rank, lora_alpha)
-    env.say(f"{out if init_from == 'resume' else init_from}: {model.num_params():,} parameters, {trained:,} trained ({mode}); "
+    name = out if init_from == "resume" else init_from
+    env.say(f"{name}: {model.num_params():,} parameters, {trained:,} trained ({mode}); "
             f"{len(rows)} poems of {fmean(map(len, rows)):.0f} tokens ({tok.name})")
 
     # ---- the run ----
@@ -353,7 +354,7 @@ def main():
     bits = dev_loss / math.log(2) * sum(len(row) - 1 for row in dev)
     dev_bpb = bits / sum(len(poem.encode()) for poem in gold.values())
     env.say(f"the model of epoch {epoch}, with the lowest dev loss, {dev_loss:.4f}, is in "
-            f"{run.folder / 'best'}; it finishes the poems")
+            f"{out / 'best'}; it finishes the poems")
     model = prepare(GPT.from_pretrained(run.folder / "best").to(env.device))
     grams = {gram for poem in poems.values() for gram in ngrams(words(poem), 5)}
     measured = partial(measure, prompts=prompts, gold=gold, known=grams)

@@ -389,7 +389,8 @@ def _from_nanogpt(raw):
     ids = meta.get("stoi")
     if "itos" in meta:
         words = meta["itos"]
-        ids = {word: i for i, word in (words.items() if isinstance(words, dict) else enumerate(words))}
+        words = words.items() if isinstance(words, dict) else enumerate(words)
+        ids = {word: i for i, word in words}
     elif ids is None and meta["vocab_size"] in (50257, 50304):  # GPT-2's, perhaps padded
         return open_tokenizer("gpt2")
     elif ids is None:

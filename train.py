@@ -342,8 +342,8 @@ def main():
         f"({parts}{batch_size} x {block_size}), "
         f"{max_steps * per_update / data.train.tokens:.2f} epochs; {env.name()}, "
         f"{str(env.dtype).removeprefix('torch.')}")
-    model, fast = env.compiled(raw_model.train(), compile, lambda model: model(*placed(batch(0)))[1],
-                               bfloat16=bfloat16_gradients)
+    model, fast = env.compiled(raw_model.train(), compile, bfloat16=bfloat16_gradients,
+                               loss=lambda model: model(*placed(batch(0)))[1])
 
     # ---- the loop ----
     coming, found = fetch(windows, env.rank), {}

@@ -35,9 +35,11 @@ def loss():
                 points = [(row[key] / scale, row[y]) for row in rows if y in row and key in row]
                 if points:
                     ax.plot(*zip(*points), color=f"C{colour}", **style)
-    axes[0].set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", ylim=(None, 4.4))
+    axes[0].set(xlabel="training tokens (millions)", ylabel="loss (nats per token)",
+                ylim=(None, 4.4))
     axes[1].set(xlabel="minutes of training")
-    axes[0].legend(frameon=False, fontsize=8, title="thick: validation, thin: training", title_fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, title="thick: validation, thin: training",
+                   title_fontsize=8)
     if ratios and max(ratios) < 1.01 * min(ratios):
         right = axes[1].secondary_yaxis("right", functions=(lambda x: x * ratios[0],
                                                             lambda x: x / ratios[0]))

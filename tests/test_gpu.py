@@ -310,14 +310,15 @@ def test_compiled_trainings_are_those_of_plain_ones(script, data, tmp_path, monk
     start(train, *TINY, data, "--device=cpu", "--max_steps=1", f"--out_dir={tmp_path}/base")
     argv = [*texts_of(tmp_path)[script], "--device=cpu", "--dropout=0", "--log_interval=1"]
     argv += [data] if script is train else [f"--init_from={tmp_path}/base", "--epochs=1"]
-    with_inductor = torch.compile
+    graphs, with_inductor = CompileCounterWithBackend("eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **more: with_inductor(
-        *args, backend="eager", **more))
+        *args, backend=graphs, **more))
     found = []
     for compile in (False, True):
         torch._dynamo.reset()
         start(script, *argv, f"--compile={compile}", f"--out_dir={tmp_path}/{compile}")
         assert "torch.compile failed" not in capsys.readouterr().out
+        assert (graphs.frame_count > 0) == compile
         found.append([row[key] for row in rows(tmp_path / f"{compile}")
                       for key in ("train_loss", "val_loss") if key in row])
     assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) > 3
