@@ -7,12 +7,14 @@ they are. Without this file and its one call (device.py) all scripts give the sa
 rounding. What each part gains is measured in docs/training_speed.md.
 """
 
+import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 THRESHOLDS = {  # where each part begins to pay; the tests set them to 0
     "product": 2**27,  # multiplications of a matrix product that goes to oneDNN
@@ -20,6 +22,7 @@ THRESHOLDS = {  # where each part begins to pay; the tests set them to 0
     "logits": 2**24,  # logits of a loss that is computed in chunks of rows
 }
 ROWS = 128  # of a chunk
+KEPT = 2**25  # attention weights, T² of each head and row, of which a layer may keep half in memory
 COLUMNS = 8192  # of the head's weight in one product: oneDNN copies them
 
 onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # private: may be missing
@@ -95,13 +98,48 @@ def recomputed(module_class):
 
 # ---- attention ----
 
+def blockwise_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
+    """F.scaled_dot_product_attention, whose bfloat16 and whose dropout a CPU computes slowly: with
+    causal attention in blocks of queries, each with the keys up to it. A quarter of a random number
+    decides whether a weight is dropped, with dropout_p in steps of 2^-16."""
+    B, nh, T, hs = query.shape
+    pays = dropout_p or query.dtype == torch.bfloat16 and B * nh * T * T <= KEPT
+    if not (pays and is_causal) or attn_mask is not None or more:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
+                                              **more)
+    q, k, v = (query * hs ** -0.5).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    future = q.new_full((ROWS, ROWS), -math.inf).triu(1)
+    blocks = []
+    for i in range(0, T, ROWS):
+        end = min(i + ROWS, T)
+        scores = torch.bmm(q[:, i:end], k[:, :end].mT)  # (B * nh, rows, end)
+        scores[..., i:] += future[:end - i, :end - i]
+        weights = scores.softmax(-1)
+        if dropout_p:
+            numbers = torch.empty(weights.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
+            quarters = numbers.view(torch.int16)[:weights.numel()].view(weights.shape)
+            kept = quarters >= int(dropout_p * 2**16) - 2**15
+            weights = weights * kept
+        blocks.append(torch.bmm(weights, v[:, :end]))
+    y = torch.cat(blocks, 1).unflatten(0, (B, nh))
+    return y / (1 - dropout_p) if dropout_p else y
+
+
+class Blockwise(TorchFunctionMode):
+    """Within it torch's scaled dot-product attention is the blockwise one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            function = blockwise_attention
+        return function(*args, **(kwargs or {}))
+
+
 def attend(textbook, q, k, v, mask):
-    """Attention.attend, in float32 where autocast made bfloat16 of up to 256 tokens: the backward
-    pass of bfloat16 takes a CPU 1.3 to 3 times as long there."""
-    if not eager_training() or q.dtype != torch.bfloat16 or q.size(2) > 256:
+    """Attention.attend, with blockwise attention while it trains."""
+    if not eager_training():
         return textbook(q, k, v, mask)
-    with torch.autocast("cpu", enabled=False):
-        return textbook(q.float(), k.float(), v.float(), mask).to(q.dtype)
+    with Blockwise():
+        return textbook(q, k, v, mask)
 
 
 # ---- the token embedding, the head that shares its weight, and the loss ----

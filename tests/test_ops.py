@@ -198,19 +198,40 @@ def test_wide_blocks_keep_less_for_the_backward_pass(monkeypatch):
     assert all((a == b).all() for a, b in zip(*found))
 
 
-def test_bfloat16_autocast(always, monkeypatch):
-    """Its gradients are near float32's; attention is in float32, the head's products are not."""
-    model, found, kinds = ops.accelerate(make(torch.float32, vocab_size=1000)), [], []
-    (x, y), attention = batch(3, 64, 1000), F.scaled_dot_product_attention
+def test_blockwise_attention(monkeypatch):
+    """Without dropout it is torch's, in several blocks; with it, each weight is dropped with that
+    probability for itself, and the others make up for them."""
+    torch.manual_seed(0)
+    q, k, v, dy = torch.randn(4, 3, 2, 300, 16, dtype=torch.float64).requires_grad_()
+    found = []
+    for attention in (F.scaled_dot_product_attention, ops.blockwise_attention):
+        y = attention(q, k, v, None, 1e-9, is_causal=True)
+        found.append([y, *torch.autograd.grad(y, [q, k, v], dy)])
+    for wanted, got in zip(*found):
+        torch.testing.assert_close(got, wanted, atol=1e-7, rtol=0)
+    same, T = torch.zeros(1, 3, 300, 8), 300  # all scores alike: a row's weights are 1 / its number
+    each = torch.eye(T).expand(1, 3, T, T)  # so that y are the weights
+    weights = ops.blockwise_attention(same, same, each, None, 0.3, is_causal=True)
+    seen = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
+    assert ((weights == 0) | (weights - seen / 0.7).abs().lt(1e-6)).all()
+    kept = weights[..., seen > 0] > 0  # (1, 3, weights)
+    assert kept.float().mean() == pytest.approx(0.7, abs=0.005) and kept.float().std() > 0.4
+    assert (kept[0, 0] & kept[0, 1]).float().mean() == pytest.approx(0.49, abs=0.007)
+    monkeypatch.setattr(ops, "KEPT", 0)
+    y = ops.blockwise_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), is_causal=True)
+    torch.testing.assert_close(y.double(), found[0][0], atol=0.05, rtol=0)
+
+
+def test_bfloat16_autocast(always):
+    """Its gradients are near float32's; the head's products are in bfloat16."""
+    model, found = ops.accelerate(make(torch.float32, vocab_size=1000)), []
+    x, y = batch(3, 64, 1000)
     y[0] = x[0]
     for kind in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", kind, enabled=kind == torch.bfloat16), monkeypatch.context() as m:
-            m.setattr(F, "scaled_dot_product_attention",
-                      lambda q, *a, **k: kinds.append(q.dtype) or attention(q, *a, **k))
+        with torch.autocast("cpu", kind, enabled=kind == torch.bfloat16):
             loss = model(x, y)[1]
             assert model.logits(model.hidden(x)).dtype == kind
         found.append([loss, *torch.autograd.grad(loss, [*model.parameters()])])
-    assert set(kinds) == {torch.float32}
     assert abs(found[0][0] - found[1][0]) < 0.05
     for a, b in zip(found[0][1:], found[1][1:]):
         assert a.dtype == b.dtype and F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
