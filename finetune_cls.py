@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=8 finetune_cls.py config/finetune_imdb.py
     python finetune_cls.py --init_from=out/finetune_sst --predict "A joy from start to end ."
 
-A linear layer reads the hidden state of a text's last token. style head: it starts at random, and
-end-of-text divides a pair. style cloze: the text stands in a prompt, and the layer starts as the
+A linear layer reads the hidden state of a text's last token, or the mean of all. style head: it
+starts at random, and end-of-text divides a pair. style cloze: the text stands in a prompt, and the layer starts as the
 language model's logits of the words that answer it. OUT/best, the model of the best epoch on dev,
 adapters merged, is transformers' GPT2ForSequenceClassification.
 """
@@ -72,6 +72,7 @@ lora_rank = 16
 lora_alpha = 32.0  # adapters are scaled by lora_alpha / lora_rank
 lora_dropout = 0.0  # of what the adapters read
 style = "head"  # or cloze
+pooling = "last"  # of head: whose hidden state is read, the last token's, or mean: of all tokens
 prompt = ""  # of cloze: {text}, and {text_pair} of pairs, and what asks for the answer
 verbalizers: list[str] = []  # of cloze: the answer to each class in order, one token: " no", " yes"
 dropout = 0.1  # in the base model and before the linear layer
@@ -100,9 +101,9 @@ dtype = "auto"  # of autocast: float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; None: on GPUs
 
 FROM_ONE = ("batch_size", "accumulation", "log_interval", "max_tokens", "patience")
-CHOICES = {"style": ("head", "cloze"), "keep": ("head", "tail")}
-FIXED = ("seed", "mode", "style", "prompt", "verbalizers", "keep", "lowercase", "max_tokens",
-         "train_blocks", "lora_rank", "lora_alpha", "batch_size", "optimizer")  # of a resumed run
+CHOICES = {"style": ("head", "cloze"), "keep": ("head", "tail"), "pooling": ("last", "mean")}
+FIXED = ("seed", "mode", "style", "pooling", "prompt", "verbalizers", "keep", "lowercase",
+         "max_tokens", "train_blocks", "lora_rank", "lora_alpha", "batch_size", "optimizer")  # of a run
 HEADLINE = ("accuracy", "macro_f1", "positive_f1")  # of results.json, also without a split's name
 NO_LABEL = ("", "None", "nan")  # null is None
 EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
@@ -262,7 +263,7 @@ def epoch_batches(lengths, epoch: int) -> list[np.ndarray]:
 # ---- the classifier ----
 
 class Classifier(nn.Module):
-    """A GPT and a linear layer without bias on the hidden state of a row's last real token."""
+    """A GPT and a linear layer without bias on what `pooling` makes of a row's hidden states."""
 
     def __init__(self, gpt: GPT, head_weight: torch.Tensor):
         super().__init__()
@@ -275,7 +276,11 @@ class Classifier(nn.Module):
         return self.head(F.dropout(x, self.gpt.config.dropout, self.training))
 
     def features(self, ids, last):
-        return self.gpt.hidden(ids)[torch.arange(len(ids), device=ids.device), last]
+        x = self.gpt.hidden(ids)  # (B, T, C)
+        if style == "head" and pooling == "mean":
+            real = torch.arange(x.size(1), device=x.device) <= last[:, None]  # (B, T)
+            return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        return x[torch.arange(len(ids), device=ids.device), last]
 
 
 @torch.no_grad()
@@ -345,8 +350,8 @@ def load(name: str, names: list[str], env) -> tuple:
         gpt, tokenizer = load_model(name, dtype=torch.float32, dropout=dropout)
     if tokenizer.eos_id is None:
         raise ValueError(f"the {tokenizer.name} tokenizer has no end-of-text to pad with")
-    own_style = config.get("finetune_cls", {}).get("style", "head")
-    if weight is None or (own, own_style) != (names, style):
+    how = {"style": "head", "pooling": "last"} | config.get("finetune_cls", {})
+    if weight is None or (own, how["style"], how["pooling"]) != (names, style, pooling):
         if style == "cloze":  # the answers' rows are trained apart, and written back by `save`
             head = gpt.transformer.wte if gpt.config.tie_word_embeddings else gpt.lm_head
             rows, gpt.config.tie_word_embeddings = head.weight.detach().clone(), False
@@ -366,28 +371,31 @@ def load(name: str, names: list[str], env) -> tuple:
 
 def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs: bool):
     """OUT/best, in its config.json what `classify` must know, in its README.md what others must."""
-    how = {"style": style, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
+    how = {"style": style, "pooling": pooling, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
            "lowercase": lowercase, "max_tokens": T, "pairs": pairs,
            "text_column": text_column, "text_pair_column": text_pair_column}
-    architecture, files = "GPT2LMHeadModel", {}
+    kind, files = {"architectures": ["GPT2LMHeadModel"]}, {}
     if style == "head":
-        architecture = "GPT2ForSequenceClassification"
+        kind = {"architectures": ["GPT2ForSequenceClassification"]}
+        if pooling == "mean":  # transformers would read the last token: it must not know this kind
+            kind = {"architectures": ["TaleGPTForSequenceClassification"], "model_type": "talegpt"}
         side = {"head": "right", "tail": "left"}[keep]
         files = {"pairs": pairs, "padding_side": "right", "truncation_side": side,
                  "model_max_length": T}
         net.gpt.score = net.head  # into the same file, under transformers' name
     else:
         net.gpt.lm_head.weight.data[answer_ids(tokenizer, names)] = net.head.weight.data
-    save_best(out, net.gpt, tokenizer, files, architectures=[architecture],
-              id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
-              finetune_cls=how)
+    save_best(out, net.gpt, tokenizer, files, id2label=dict(enumerate(names)),
+              label2id={name: i for i, name in enumerate(names)}, finetune_cls=how, **kind)
     if style == "head":
         del net.gpt.score
         before = "It reads texts that went through `text.normalize` of taleGPT. "
+        reader = {"last": 'transformers loads it by `pipeline("text-classification", FOLDER, '
+                          "truncation=True)`",
+                  "mean": "finetune_cls.py reads it, transformers has no such classifier"}[pooling]
         write_text(out / "best" / "README.md", (
             f"{before if lowercase else ''}A GPT-2 that classifies texts, trained with taleGPT; "
-            'transformers loads it by `pipeline("text-classification", FOLDER, truncation=True)`. '
-            f"Classes: {', '.join(names)}. How it reads a text: {how}\n"))
+            f"{reader}. Classes: {', '.join(names)}. How it reads a text: {how}\n"))
 
 
 # ---- what is measured and shown ----
@@ -482,7 +490,7 @@ def classify(env):
         raise ValueError(f"{init_from} is for {problem}, not for one class of several")
     file = local_folder(init_from) / "tokenizer_config.json"
     limits = read_json(file) if file.is_file() else {}
-    how = {"style": "head", "lowercase": False, "pairs": False,
+    how = {"style": "head", "pooling": "last", "lowercase": False, "pairs": False,
            "keep": "tail" if limits.get("truncation_side") == "left" else "head",
            "max_tokens": limits.get("model_max_length")}
     how |= config.get("finetune_cls", {})  # which those of others lack

@@ -168,6 +168,28 @@ def test_best_loads_in_transformers_with_our_logits(base, tmp_path, pairs, style
         start(f"--init_from={tmp_path}", f"--predict_file={base / file}", "--text_column=else")
 
 
+def test_mean_pooling_reads_the_mean_of_transformers_hidden_states(base, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    results = run_script(base, tmp_path, "--epochs=2", "--pooling=mean", "--mode=last_layer")
+    net, tokenizer = script.load(str(tmp_path), results["classes"], Device("cpu"))
+    rows, _ = script.encode(script.read_splits()["test"], tokenizer, 40)
+    hf = transformers.GPT2Model.from_pretrained(tmp_path / "best").eval()
+    layer = weights(tmp_path)["score.weight"]
+    with torch.no_grad():
+        want = [hf(torch.from_numpy(row)[None])[0].mean(1) @ layer.T for row in rows]
+    assert len({len(row) for row in rows}) > 3
+    got = script.batched_forward(net, rows, Device("cpu"))
+    torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="talegpt"):  # it would read the last token
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "best")
+    capsys.readouterr()
+    start(f"--init_from={tmp_path}", f"--predict_file={base / 'test.csv'}")
+    written = (tmp_path / "predictions_of_test.csv").read_text()
+    assert written == (tmp_path / "predictions_test.csv").read_text()
+    run_script(base, tmp_path / "last", "--epochs=1", f"--init_from={tmp_path}")
+    assert "a new linear layer" in capsys.readouterr().out  # the other was for the mean
+
+
 @pytest.mark.parametrize("names", [["LABEL_0", "LABEL_1"], ["bad", "so so", "good"]])
 def test_a_classifier_from_elsewhere_predicts_and_keeps_its_names(base, tmp_path, names, capsys):
     transformers = pytest.importorskip("transformers")
