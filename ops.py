@@ -20,8 +20,9 @@ THRESHOLDS = {  # where each part begins to pay; the tests set them to 0
     "product": 2**27,  # multiplications of a matrix product that goes to oneDNN
     "width": 512,  # n_embd from which LayerNorm and GELU cost little beside the products
     "logits": 2**24,  # logits of a loss that is computed in chunks of rows
+    "chunk": 2**22,  # logits of a chunk: each adds to the whole gradient of the embedding
 }
-ROWS = 128  # of a chunk
+ROWS = 128  # of a chunk at least, and of a block of attention
 KEPT = 2**25  # attention weights, T² of each head and row, of which a layer may keep half in memory
 COLUMNS = 8192  # of the head's weight in one product: oneDNN copies them
 
@@ -251,8 +252,9 @@ def loss(model, textbook, x, targets):
         vars(model)["lm_head"] = partial(HeadProduct.apply, wte.weight.detach().to(dtype),
                                          gradients.get(weight))
     try:
-        for i in range(0, len(x), ROWS):
-            rows = slice(i, i + ROWS)
+        size = max(ROWS, THRESHOLDS["chunk"] // model.config.vocab_size)
+        for i in range(0, len(x), size):
+            rows = slice(i, i + size)
             share = counted[rows].sum().item() / counted.sum().item()
             if share == 0:
                 continue
