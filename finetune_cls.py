@@ -6,10 +6,11 @@
     torchrun --standalone --nproc_per_node=8 finetune_cls.py config/finetune_imdb.py
     python finetune_cls.py --init_from=out/finetune_sst --predict "A joy from start to end ."
 
-A linear layer reads the hidden state of a text's last token, or the mean of all. style head: it
-starts at random, and end-of-text divides a pair. style cloze: the text stands in a prompt, and the layer starts as the
-language model's logits of the words that answer it. OUT/best, the model of the best epoch on dev,
-adapters merged, is transformers' GPT2ForSequenceClassification.
+A linear layer reads the hidden state of a text's last token. style head: it starts at random, and
+end-of-text divides a pair; with --pooling=mean it reads the mean of all hidden states. style cloze:
+the text stands in a prompt, and the layer starts as the language model's logits of the words that
+answer it. OUT/best, the model of the best epoch on dev, adapters merged, is transformers'
+GPT2ForSequenceClassification where the last token is read.
 """
 
 import csv
@@ -103,7 +104,8 @@ compile: bool | None = None  # torch.compile; None: on GPUs
 FROM_ONE = ("batch_size", "accumulation", "log_interval", "max_tokens", "patience")
 CHOICES = {"style": ("head", "cloze"), "keep": ("head", "tail"), "pooling": ("last", "mean")}
 FIXED = ("seed", "mode", "style", "pooling", "prompt", "verbalizers", "keep", "lowercase",
-         "max_tokens", "train_blocks", "lora_rank", "lora_alpha", "batch_size", "optimizer")  # of a run
+         "max_tokens", "train_blocks", "lora_rank", "lora_alpha", "batch_size",
+         "optimizer")  # of a resumed run
 HEADLINE = ("accuracy", "macro_f1", "positive_f1")  # of results.json, also without a split's name
 NO_LABEL = ("", "None", "nan")  # null is None
 EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
@@ -371,8 +373,8 @@ def load(name: str, names: list[str], env) -> tuple:
 
 def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs: bool):
     """OUT/best, in its config.json what `classify` must know, in its README.md what others must."""
-    how = {"style": style, "pooling": pooling, "prompt": prompt, "verbalizers": verbalizers, "keep": keep,
-           "lowercase": lowercase, "max_tokens": T, "pairs": pairs,
+    how = {"style": style, "pooling": pooling, "prompt": prompt, "verbalizers": verbalizers,
+           "keep": keep, "lowercase": lowercase, "max_tokens": T, "pairs": pairs,
            "text_column": text_column, "text_pair_column": text_pair_column}
     kind, files = {"architectures": ["GPT2LMHeadModel"]}, {}
     if style == "head":

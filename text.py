@@ -240,8 +240,8 @@ def _json_values(file, column=None):
 
 def _csv_rows(file, column=None, quoting=csv.QUOTE_MINIMAL):
     """The delimiter is what a first line `sep=;` names, as Excel writes it, or a tab where the
-    header has one, or the most frequent of its commas, semicolons and bars. Excel's empty rows at the end
-    are left out."""
+    header has one, or the most frequent of its commas, semicolons and bars. Excel's empty rows at
+    the end are left out."""
     csv.field_size_limit(2**31 - 1)
     lines = io.TextIOWrapper(file, "utf-8-sig", newline="")
     first = next(lines, "")
@@ -301,7 +301,8 @@ def _numbered(batches):
 
 # Each yields (where it stands, row); the binary ones, of this column alone where there is one.
 READERS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".jsonlines": _json_lines,
-           ".json": _json_values, ".csv": _csv_rows, ".tsv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
+           ".json": _json_values, ".csv": _csv_rows, ".tsv": _csv_rows,
+           ".parquet": _parquet_rows, ".arrow": _arrow_rows}
 
 
 # ---- downloads ----
