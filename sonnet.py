@@ -267,17 +267,22 @@ def baselines(poems, prompts, gold, measure) -> dict[str, dict]:
 
 
 def table(rows: dict[str, dict]) -> str:
-    """Measures by name as a table; `deviation` is that of chrF on the continuation."""
+    """The measures that there are, by name, as a table; `deviation` is that of chrF on the
+    continuation."""
     columns = {"chrf": "chrF", "chrf_continuation": "continued", "lines": "lines",
                "copied_5grams": "copied", "distinct_1": "dist-1", "distinct_2": "dist-2",
                "rhymes": "rhymes", "log_prob": "log-prob"}
-    lines = [" " * 28 + "".join(f"{title:>10}" for title in columns.values())]
+    columns = {key: title for key, title in columns.items()
+               if any(row.get(key) is not None for row in rows.values())}
+    widths = [max(map(len, rows)), *(max(7, len(title) + 1) for title in columns.values())]
+    lines, notes = [["", *columns.values()]], []
     for name, row in rows.items():
-        cells = ["" if row.get(key) is None else f"{row[key]:.2f}" for key in columns]
-        lines.append(f"{name:28}{''.join(f'{cell:>10}' for cell in cells)}".rstrip())
+        lines.append([name, *("" if row.get(key) is None else f"{row[key]:.2f}" for key in columns)])
         if "deviation" in row:
-            lines[-1] += f"  (continued ± {row['deviation']:.2f})"
-    return "\n".join(lines)
+            notes.append(f"{name}: continued ± {row['deviation']:.2f}")
+    text = ["".join([f"{name:{widths[0]}}", *map(str.rjust, cells, widths[1:])]).rstrip()
+            for name, *cells in lines]
+    return "\n".join(text + notes)
 
 
 # ---- the whole ----
