@@ -109,19 +109,17 @@ def blockwise_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_cau
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
                                               **more)
     q, k, v = (query * hs ** -0.5).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-    future = q.new_full((ROWS, ROWS), -math.inf).triu(1)
-    blocks = []
-    for i in range(0, T, ROWS):
-        end = min(i + ROWS, T)
-        scores = torch.bmm(q[:, i:end], k[:, :end].mT)  # (B * nh, rows, end)
-        scores[..., i:] += future[:end - i, :end - i]
+    future, blocks = q.new_full((ROWS, ROWS), -math.inf).triu(1), []
+    k, v = k.split(ROWS, 1), v.split(ROWS, 1)  # joined below: a slice's gradient is a whole tensor
+    for n, rows in enumerate(q.split(ROWS, 1), 1):
+        scores, R = torch.bmm(rows, torch.cat(k[:n], 1).mT), rows.size(1)  # (B * nh, R, keys)
+        scores[..., -R:] += future[:R, :R]
         weights = scores.softmax(-1)
         if dropout_p:
             numbers = torch.empty(weights.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
             quarters = numbers.view(torch.int16)[:weights.numel()].view(weights.shape)
-            kept = quarters >= int(dropout_p * 2**16) - 2**15
-            weights = weights * kept
-        blocks.append(torch.bmm(weights, v[:, :end]))
+            weights = weights * (quarters >= int(dropout_p * 2**16) - 2**15)
+        blocks.append(torch.bmm(weights, torch.cat(v[:n], 1)))
     y = torch.cat(blocks, 1).unflatten(0, (B, nh))
     return y / (1 - dropout_p) if dropout_p else y
 
