@@ -88,7 +88,8 @@ def python(*words, cwd=None, stop_at: str | None = None) -> list[tuple[float, st
     with stop_at in it. ValueError with its last line if it fails."""
     start, lines = time.perf_counter(), [(0.0, "")]
     with subprocess.Popen([sys.executable, "-u", *map(str, words)], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, errors="replace", cwd=cwd) as process:
+                          stderr=subprocess.STDOUT, text=True, errors="replace",
+                          cwd=cwd) as process:
         for line in process.stdout:
             sys.stderr.write(line)
             lines.append((time.perf_counter() - start, line.strip()))

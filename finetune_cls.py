@@ -106,6 +106,7 @@ CHOICES = {"style": ("head", "cloze"), "keep": ("head", "tail"), "pooling": ("la
 FIXED = ("seed", "mode", "style", "pooling", "prompt", "verbalizers", "keep", "lowercase",
          "max_tokens", "train_blocks", "lora_rank", "lora_alpha", "batch_size",
          "optimizer")  # of a resumed run
+LIKE_TRANSFORMERS = {"style": "head", "pooling": "last"}  # how its classifiers read a text
 HEADLINE = ("accuracy", "macro_f1", "positive_f1")  # of results.json, also without a split's name
 NO_LABEL = ("", "None", "nan")  # null is None
 EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
@@ -352,7 +353,7 @@ def load(name: str, names: list[str], env) -> tuple:
         gpt, tokenizer = load_model(name, dtype=torch.float32, dropout=dropout)
     if tokenizer.eos_id is None:
         raise ValueError(f"the {tokenizer.name} tokenizer has no end-of-text to pad with")
-    how = {"style": "head", "pooling": "last"} | config.get("finetune_cls", {})
+    how = LIKE_TRANSFORMERS | config.get("finetune_cls", {})
     if weight is None or (own, how["style"], how["pooling"]) != (names, style, pooling):
         if style == "cloze":  # the answers' rows are trained apart, and written back by `save`
             head = gpt.transformer.wte if gpt.config.tie_word_embeddings else gpt.lm_head
@@ -492,9 +493,9 @@ def classify(env):
         raise ValueError(f"{init_from} is for {problem}, not for one class of several")
     file = local_folder(init_from) / "tokenizer_config.json"
     limits = read_json(file) if file.is_file() else {}
-    how = {"style": "head", "pooling": "last", "lowercase": False, "pairs": False,
-           "keep": "tail" if limits.get("truncation_side") == "left" else "head",
-           "max_tokens": limits.get("model_max_length")}
+    how = LIKE_TRANSFORMERS | {
+        "lowercase": False, "pairs": False, "max_tokens": limits.get("model_max_length"),
+        "keep": "tail" if limits.get("truncation_side") == "left" else "head"}
     how |= config.get("finetune_cls", {})  # which those of others lack
     for name in {"text_column", "text_pair_column"} & globals()["_given"]:
         how.pop(name, None)

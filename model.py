@@ -37,7 +37,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, kind = getattr(self, field.name), {float: int | float}.get(field.type, field.type)
+            value = getattr(self, field.name)
+            kind = {float: int | float}.get(field.type, field.type)
             if not isinstance(value, kind) or type(value) is bool and kind in (int, int | float):
                 raise ValueError(f"{field.name} must be {kind}, got {value!r}")
         for name, most in (("block_size", 2**24), ("vocab_size", 2**24), ("n_layer", 10_000),

@@ -277,7 +277,8 @@ def table(rows: dict[str, dict]) -> str:
     widths = [max(map(len, rows)), *(max(7, len(title) + 1) for title in columns.values())]
     lines, notes = [["", *columns.values()]], []
     for name, row in rows.items():
-        lines.append([name, *("" if row.get(key) is None else f"{row[key]:.2f}" for key in columns)])
+        values = [row.get(key) for key in columns]
+        lines.append([name, *("" if value is None else f"{value:.2f}" for value in values)])
         if "deviation" in row:
             notes.append(f"{name}: continued ± {row['deviation']:.2f}")
     text = ["".join([f"{name:{widths[0]}}", *map(str.rjust, cells, widths[1:])]).rstrip()

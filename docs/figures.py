@@ -64,8 +64,8 @@ def terminal(png, title: str, width: int = 100, most: int = 44):
                               len(lines) * inch + 0.3), dpi=150, facecolor="#16181d")
     height = fig.get_figheight()
     for i, line in enumerate(lines):
-        fig.text(0.2 / fig.get_figwidth(), 1 - (0.15 + i * inch) / height, line, va="top", size=size,
-                 family="DejaVu Sans Mono", color="#8fd18f" if i == 0 else "#d7dae0",
+        fig.text(0.2 / fig.get_figwidth(), 1 - (0.15 + i * inch) / height, line, va="top",
+                 size=size, family="DejaVu Sans Mono", color="#8fd18f" if i == 0 else "#d7dae0",
                  parse_math=False)
     fig.savefig(png, facecolor=fig.get_facecolor())
 

@@ -217,9 +217,26 @@ def test_blockwise_attention(monkeypatch):
     kept = weights[..., seen > 0] > 0  # (1, 3, weights)
     assert kept.float().mean() == pytest.approx(0.7, abs=0.005) and kept.float().std() > 0.4
     assert (kept[0, 0] & kept[0, 1]).float().mean() == pytest.approx(0.49, abs=0.007)
-    monkeypatch.setattr(ops, "KEPT", 0)
-    y = ops.blockwise_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), is_causal=True)
-    torch.testing.assert_close(y.double(), found[0][0], atol=0.05, rtol=0)
+    low = [t.detach().bfloat16() for t in (q, k, v)]
+    torchs = F.scaled_dot_product_attention(*low, is_causal=True)
+    assert not torch.equal(ops.blockwise_attention(*low, is_causal=True), torchs)
+    monkeypatch.setattr(ops, "KEPT", 0)  # too many weights to keep
+    assert torch.equal(ops.blockwise_attention(*low, is_causal=True), torchs)
+
+
+@pytest.mark.parametrize(("dropout", "dtype", "own"), [
+    (0.0, torch.float32, set()), (0.0, torch.bfloat16, {"aten::_softmax"}),
+    (0.1, torch.float32, {"aten::_softmax", "aten::random_"})])
+def test_training_goes_through_blockwise_attention(dropout, dtype, own):
+    """It calls what torch's attention does not call then, and only while it trains."""
+    from torch.profiler import profile
+    model, (x, y) = ops.accelerate(make(torch.float32, dropout=dropout)), batch()
+    for trains in (True, False):
+        with torch.set_grad_enabled(trains), torch.autocast(
+                "cpu", dtype, enabled=dtype != torch.float32), profile() as events:
+            model.train(trains)(x, y)
+        called = {event.key for event in events.key_averages()}
+        assert called & {"aten::_softmax", "aten::random_"} == (own if trains else set())
 
 
 def test_bfloat16_autocast(always):
