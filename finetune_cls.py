@@ -77,6 +77,7 @@ pooling = "last"  # of head: whose hidden state is read, the last token's, or me
 prompt = ""  # of cloze: {text}, and {text_pair} of pairs, and what asks for the answer
 verbalizers: list[str] = []  # of cloze: the answer to each class in order, one token: " no", " yes"
 dropout = 0.1  # in the base model and before the linear layer
+word_dropout = 0.0  # share of the tokens that training reads as end-of-text, drawn anew each time
 # the updates
 epochs = 3  # 0: only evaluates the model as it is
 batch_size = 32  # texts of an update, over all ranks
@@ -84,6 +85,7 @@ accumulation = 1  # micro-batches of a rank, which divide these texts
 optimizer = "adamw"  # or another of optim.OPTIMIZERS
 learning_rate = 5e-4  # its peak: warmup over the first tenth, then linear to zero
 head_learning_rate: float | None = None  # of the linear layer; None: the same
+adamw_learning_rate: float | None = None  # under muon, of embeddings and vectors; None: the same
 weight_decay = 0.01  # of matrices
 grad_clip = 1.0  # largest norm of the gradient; 0 for none
 patience: int | None = None  # epochs without a better dev accuracy before it stops
@@ -567,7 +569,8 @@ def main():
 
     # ---- the run ----
     update = build_optimizer(net, optimizer, learning_rate, weight_decay, (0.9, 0.999),
-                             head=[net.head.weight], head_learning_rate=head_learning_rate)
+                             adamw_learning_rate=adamw_learning_rate, head=[net.head.weight],
+                             head_learning_rate=head_learning_rate)
     run = Run(env, out, net, update, settings, max_steps, per_epoch, checkpoint)
     del checkpoint
     cached = {}
@@ -613,8 +616,11 @@ def main():
             mine = batch[part::parts]
             texts = mine if len(mine) else batch[:1]  # a rank without a text still takes part
             numbers = to_device(torch.from_numpy(texts), env.device)
-            inputs = [cached["train"][numbers]] if cached else collate(
-                [rows["train"][i] for i in texts], env.device)
+            inputs = [cached["train"][numbers]] if cached else [*collate(
+                [rows["train"][i] for i in texts], env.device)]
+            if word_dropout and not cached:
+                dropped = torch.rand(inputs[0].shape, device=env.device) < word_dropout
+                inputs[0] = inputs[0].masked_fill(dropped, tokenizer.eos_id)
             labels = to_device(targets["train"][texts], env.device)
             with env.autocast():
                 logits = model(*inputs)

@@ -246,7 +246,8 @@ def test_a_padded_batch_has_the_logits_of_each_row_alone(base):
         assert (alone - logits).abs().max() < 1e-10 and (alone - other).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("argv", [["--dropout=0.1"], ["--mode=last_layer", "--dropout=0.1"],
+@pytest.mark.parametrize("argv", [["--dropout=0.1", "--word_dropout=0.2"],
+                                  ["--mode=last_layer", "--dropout=0.1"],
                                   ["--mode=lora", "--optimizer=muon", *CLOZE[False]]])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(base, tmp_path, argv, monkeypatch, capsys):
     argv = [*argv, "--epochs=2", "--log_interval=1"]
@@ -276,6 +277,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(base, tmp_path, argv, monke
         assert [row.get(key) for row in one] == [row.get(key) for row in two]
     with pytest.raises(ValueError, match="holds a run already.*--overwrite"):
         run_script(base, tmp_path / "parts", *argv)
+
+
+def test_word_dropout(base, tmp_path, monkeypatch):
+    """A share of the tokens that training reads is end-of-text, of dev and test none."""
+    forward, ends = script.Classifier.forward, {True: [], False: []}
+    eos_id = load_model(base)[1].eos_id
+
+    def record(net, ids, last):
+        real = torch.arange(ids.size(1)) <= last[:, None]
+        ends[net.training].append((ids[real] == eos_id).float())
+        return forward(net, ids, last)
+
+    monkeypatch.setattr(script.Classifier, "forward", record)
+    run_script(base, tmp_path, "--epochs=2", "--word_dropout=0.25")
+    assert torch.cat(ends[True]).mean().item() == pytest.approx(0.25, abs=0.04)
+    assert not torch.cat(ends[False]).any()
 
 
 def test_two_ranks_equal_one(base, tmp_path):
