@@ -77,7 +77,7 @@ pooling = "last"  # of head: whose hidden state is read, the last token's, or me
 prompt = ""  # of cloze: {text}, and {text_pair} of pairs, and what asks for the answer
 verbalizers: list[str] = []  # of cloze: the answer to each class in order, one token: " no", " yes"
 dropout = 0.1  # in the base model and before the linear layer
-word_dropout = 0.0  # share of the tokens that training reads as end-of-text, drawn anew each time
+word_dropout = 0.0  # share of tokens that training reads as end-of-text; not of cached features
 # the updates
 epochs = 3  # 0: only evaluates the model as it is
 batch_size = 32  # texts of an update, over all ranks
@@ -532,6 +532,8 @@ def main():
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
     if predict or predict_file:
         return classify(env)
+    if not 0 <= word_dropout < 1:
+        raise ValueError(f"word_dropout must be in [0, 1), got {word_dropout}")
     checkpoint = open_run(env, out, settings, FIXED, data=str, base=str)
     base = checkpoint["base"] if checkpoint else init_from
 

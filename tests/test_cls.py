@@ -615,6 +615,7 @@ GOOD = [{"text": f"x {'ab'[i % 2]}", "label": i % 2} for i in range(8)]
     ({"test": [{"text": "x", "label": "1"}, {"text": "x", "label": ""}]}, [], "row 2 .*the label ''"),
     ({}, ["--mode=head"], "full, last_layer"), ({}, ["--style=tail"], "style must be head or"),
     ({}, ["--batch_size=0"], "batch_size must"), ({}, ["--keep=all"], "keep must"),
+    ({}, ["--word_dropout=1"], r"word_dropout must be in \[0, 1\)"),
     ({}, ["--init_from=./nothing"], "no folder"), ({}, ["--max_tokens=0"], "max_tokens must"),
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no"], r"'1'\], none .*\[' no'\]\]"),
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no", " qqq"], "none .* 'q'"),
