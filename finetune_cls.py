@@ -247,11 +247,11 @@ def encode(examples: list[Example], tokenizer, T: int) -> tuple[list[np.ndarray]
 
 
 def collate(rows, device):
-    """ids (B, T), padded on the right to the longest row: causal attention needs no mask for that,
-    whatever stands there; and last (B,), where each row ends."""
+    """[ids (B, T), padded on the right to the longest row: causal attention needs no mask for that,
+    whatever stands there; last (B,), where each row ends]."""
     ids = pad_sequence([torch.from_numpy(row.astype(np.int64)) for row in rows], batch_first=True)
     last = torch.tensor([len(row) - 1 for row in rows])
-    return to_device(ids, device), to_device(last, device)
+    return [to_device(ids, device), to_device(last, device)]
 
 
 def epoch_batches(lengths, epoch: int) -> list[np.ndarray]:
@@ -618,8 +618,8 @@ def main():
             mine = batch[part::parts]
             texts = mine if len(mine) else batch[:1]  # a rank without a text still takes part
             numbers = to_device(torch.from_numpy(texts), env.device)
-            inputs = [cached["train"][numbers]] if cached else [*collate(
-                [rows["train"][i] for i in texts], env.device)]
+            inputs = [cached["train"][numbers]] if cached else collate(
+                [rows["train"][i] for i in texts], env.device)
             if word_dropout and not cached:
                 dropped = torch.rand(inputs[0].shape, device=env.device) < word_dropout
                 inputs[0] = inputs[0].masked_fill(dropped, tokenizer.eos_id)

@@ -295,6 +295,13 @@ def test_word_dropout(base, tmp_path, monkeypatch):
     assert not torch.cat(ends[False]).any()
 
 
+def test_embeddings_have_a_learning_rate_of_their_own_under_muon(base, tmp_path):
+    run_script(base, tmp_path, "--epochs=1", "--optimizer=muon", "--adamw_learning_rate=0")
+    old, new = weights(base), weights(tmp_path)
+    kept = {name for name in old if torch.equal(old[name], new[name])}
+    assert kept == {name for name in old if old[name].dim() < 2 or ".h." not in name}
+
+
 def test_two_ranks_equal_one(base, tmp_path):
     argv = ["--epochs=1", "--dropout=0.1", "--batch_size=18"]
     one = run_script(base, tmp_path / "one", *argv, "--accumulation=2")
