@@ -35,7 +35,7 @@ PREPARE = {"shakespeare": "prepare_text.py", "tinystories": "prepare_tinystories
            "tinystories_4k": "prepare_tinystories.py --name=tinystories_4k "
                              "--tokenizer=weights/tokenizer.json --limit=20000",
            "plays": "prepare_text.py --name=plays …, as config/pretrain_plays.py says",
-           "imdb": "prepare_text.py --name=imdb …, as config/pretrain_imdb.py says"}
+           "base": "prepare_text.py --name=base …, as config/pretrain_imdb.py says"}
 
 
 def data_folder(name: str) -> Path:

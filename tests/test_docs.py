@@ -1,11 +1,14 @@
 """README and docs: every command has a script, settings and configs that exist, every link leads
-somewhere, the Python for a notebook runs, and README stays a front page."""
+somewhere, the Python for a notebook runs, and README stays a front page; docs/base_text.py."""
 
 import importlib
+import json
+import lzma
 import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,35 @@ def test_front_page():
     for name, count in re.findall(r"(\w+\.py) (\d+)", "\n".join(lines)):
         real = len((HERE / name).read_text("utf-8").splitlines())
         assert abs(int(count) - real) <= 0.1 * real, f"{name} has {real} lines"
+
+
+def test_base_text_leaves_out_what_is_reported_on(tmp_path):
+    """docs/base_text.py: no review that shares 12 words with one of a test set; pairs together."""
+    def write(name, columns, *rows):
+        lines = ["\t".join(row) + "\n" for row in (columns, *rows)]
+        (tmp_path / name).write_text("".join(lines), "utf-8")
+
+    def reviews(name, texts):
+        with lzma.open(tmp_path / f"{name}.jsonl.xz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+    eleven = "one Two three four five six seven, eight nine ten eleven"
+    reviews("train", [f"Review {i}." for i in range(755)] + [f"It has {eleven} <br />twelve."])
+    reviews("unsup", [f"{eleven} and no more", f"Well, {eleven} THIRTEEN!"])
+    reviews("test_10k", ["It is a test, with " + eleven + " thirteen."])
+    for part, text in (("dev", f"{eleven} twelve"), ("test-student", "Short.")):
+        write(f"ids-cfimdb-{part}.csv", ("id", "sentence"), ("1", text))
+    write("ids-sst-train.csv", ("id", "sentence", "sentiment"), ("1", "A joy.", "4"))
+    write("quora-train.csv", ("sentence1", "sentence2", "is_duplicate"), ("Why?", "How?", "0"))
+    write("msr_paraphrase_train.txt", ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
+          ("1", "7", "8", 'He "said', "He spoke"), ("1", "-1", "-1", "no", "news"))
+    subprocess.run([sys.executable, HERE / "docs/base_text.py", *[tmp_path] * 3, tmp_path / "out"],
+                   check=True, capture_output=True)
+    train, val = ([json.loads(line)["text"] for line in
+                   (tmp_path / "out" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+                  for name in ("train", "val"))
+    assert len(val) == 750 and len({*train, *val}) == 755 + 1 + 5  # one of three with those words
+    assert f"{eleven} and no more" in {*train, *val} and train.count("A joy.") == 2
+    for one, two in (("Why?", "How?"), ('He "said', "He spoke")):
+        for a, b in ((one, two), (two, one)):
+            assert sum(pair == (a, b) for pair in pairwise(train)) >= 2
