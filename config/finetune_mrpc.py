@@ -7,8 +7,10 @@ The base model: python train.py config/pretrain_imdb.py. A tenth of the local tr
 as the dev set; the hub has a dev set of its own.
 """
 
+# First what these recipes share: the base model, Muon and its learning rates, word dropout.
+from config.muon_cls import *
+
 out_dir = "out/finetune_mrpc"
-init_from = "out/pretrain_imdb"
 train_file = "msr_paraphrase_train.txt"
 test_file = "msr_paraphrase_test.txt"
 dataset = "nyu-mll/glue:mrpc"
@@ -16,11 +18,8 @@ text_column = ["#1 String", "sentence1"]
 text_pair_column = ["#2 String", "sentence2"]
 label_column = ["Quality", "label"]
 classes = ["0", "1"]
-lowercase = True
 prompt = 'sentence 1 : " {text} " sentence 2 : " {text_pair} " do they say the same ?'
 verbalizers = [" no", " yes"]
 
-epochs = 5
-batch_size = 32
-learning_rate = 6e-4
-head_learning_rate = 5e-3
+word_dropout = 0.1
+epochs = 2

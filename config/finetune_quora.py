@@ -7,8 +7,10 @@
 The base model: python train.py config/pretrain_imdb.py.
 """
 
+# First what these recipes share: the base model, Muon and its learning rates, word dropout.
+from config.muon_cls import *
+
 out_dir = "out/finetune_quora"
-init_from = "out/pretrain_imdb"
 train_file = "quora-train.csv"
 dev_file = "quora-dev.csv"
 dataset = "nyu-mll/glue:qqp"
@@ -16,11 +18,8 @@ text_column = ["sentence1", "question1"]
 text_pair_column = ["sentence2", "question2"]
 label_column = ["is_duplicate", "label"]
 classes = ["0", "1"]
-lowercase = True
 prompt = 'question 1 : " {text} " question 2 : " {text_pair} " do they ask the same ?'
 verbalizers = [" no", " yes"]
 
-epochs = 5
-batch_size = 32
-learning_rate = 6e-4
-head_learning_rate = 5e-3
+word_dropout = 0.1
+epochs = 3

@@ -7,6 +7,7 @@ import lzma
 import os
 import signal
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -560,6 +561,17 @@ def test_the_real_sets(config, folder, counts):
         2 if config in ("quora", "mrpc") else 1}
     assert script.class_names(splits["train"]) == script.classes
     assert len(script.class_numbers(splits["dev"], script.classes)) == counts["dev"]
+
+
+@pytest.mark.parametrize("config", ["sst", "cfimdb", "paraphrase"])
+def test_gpt2_has_nothing_of_the_small_models_recipe(config):
+    """Its configs read those of the small model for files and columns."""
+    small, gpt2 = (vars(import_module(f"config.{name}_cls")) for name in ("muon", "gpt2"))
+    settings(f"config/{config}_gpt2.py")
+    for name in small.keys() & DEFAULTS:
+        assert getattr(script, name) == gpt2[name], name
+    assert (script.optimizer, script.adamw_learning_rate, script.pooling, script.dropout,
+            script.word_dropout) == ("adamw", None, "last", 0.1, 0.0)
 
 
 # ---- tokens and batches ----
