@@ -2,7 +2,7 @@
 
     python finetune_cls.py config/finetune_cfimdb.py --data_dir=FOLDER  # CS224n's files
     python finetune_cls.py config/finetune_cfimdb.py --data_dir=FOLDER --mode=last_layer \\
-        --epochs=20 --head_learning_rate=1e-2
+        --epochs=20 --head_learning_rate=1e-2 --out_dir=out/finetune_cfimdb_last
 
 The base model: python train.py config/pretrain_imdb.py. Some of the dev and test reviews are in
 IMDB's training set; docs/base_text.py leaves those out that share 12 words in a row with one.

@@ -3,7 +3,7 @@
     python finetune_cls.py config/finetune_imdb.py --data_dir=FOLDER
     python finetune_cls.py config/finetune_imdb.py                      # from the hub
     python finetune_cls.py config/finetune_imdb.py --data_dir=FOLDER --mode=last_layer \\
-        --epochs=20 --head_learning_rate=1e-2
+        --epochs=20 --head_learning_rate=1e-2 --out_dir=out/finetune_imdb_last
 
 The base model: python train.py config/pretrain_imdb.py. A tenth of the training set serves as
 the dev set. FOLDER has train.jsonl.xz and test_10k.jsonl.xz (10,000 of the 25,000 test

@@ -2,7 +2,7 @@
 
     python finetune_cls.py config/finetune_sst.py --data_dir=FOLDER     # CS224n's files
     python finetune_cls.py config/finetune_sst.py --data_dir=FOLDER --mode=last_layer \\
-        --epochs=20 --head_learning_rate=1e-2
+        --epochs=20 --head_learning_rate=1e-2 --out_dir=out/finetune_sst_last
     python finetune_cls.py config/finetune_sst.py                       # from the hub
 
 The base model: python train.py config/pretrain_imdb.py.
