@@ -1,7 +1,7 @@
 """Fine-tunes a model to classify texts, or pairs of texts: sentiment, paraphrase, a table of yours.
 
     python finetune_cls.py config/finetune_sst.py --data_dir=FOLDER --mode=last_layer
-    python finetune_cls.py --init_from=gpt2 --train_file=mine.csv --label_column=stars
+    python finetune_cls.py config/gpt2_cls.py --train_file=mine.csv --label_column=stars
     python finetune_cls.py config/finetune_quora.py --data_dir=FOLDER --style=cloze --epochs=0
     torchrun --standalone --nproc_per_node=8 finetune_cls.py config/finetune_imdb.py
     python finetune_cls.py --init_from=out/finetune_sst --predict "A joy from start to end ."

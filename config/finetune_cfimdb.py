@@ -5,7 +5,7 @@
         --epochs=20 --head_learning_rate=1e-2 --out_dir=out/finetune_cfimdb_last
 
 The base model: python train.py config/pretrain_imdb.py. Some of the dev and test reviews are in
-IMDB's training set; docs/base_text.py leaves those out that share 12 words in a row with one.
+IMDB's training set: docs/base_text.py leaves out what shares 12 words in a row with one of them.
 """
 
 # First what these recipes share: the base model, Muon and its learning rates, word dropout.

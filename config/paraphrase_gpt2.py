@@ -3,8 +3,6 @@
     python finetune_cls.py config/paraphrase_gpt2.py --data_dir=FOLDER
     python finetune_cls.py config/paraphrase_gpt2.py --data_dir=FOLDER --style=cloze \\
         --out_dir=out/paraphrase_gpt2_cloze    # the logits of " yes" and " no" instead
-
-The learning rates are the usual ones for GPT-2. They have not been measured here.
 """
 
 # First the files, columns and classes, then the recipe.

@@ -3,8 +3,6 @@
     python finetune_cls.py config/sst_gpt2.py --data_dir=FOLDER
     python finetune_cls.py config/sst_gpt2.py --data_dir=FOLDER --mode=last_layer --epochs=10 \\
         --out_dir=out/sst_gpt2_last
-
-The learning rates are the usual ones for GPT-2. They have not been measured here.
 """
 
 # First the files, columns and classes, then the recipe.

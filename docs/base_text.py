@@ -1,6 +1,6 @@
 """The text of the base model of benchmarks.md's classifications, without labels:
 
-    python docs/base_text.py IMDB CS224N MRPC data/base_text    # three folders of data, one to write
+    python docs/base_text.py IMDB CS224N MRPC data/base_text    # the last one is written
 
 IMDB has train.jsonl.xz, unsup.jsonl.xz and test_10k.jsonl.xz, one {"text": ...} a line, CS224N the
 course's files, MRPC msr_paraphrase_train.txt. train.jsonl: the reviews of IMDB's train and unsup
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+from files import replacing
 from text import ngrams, read_table
 
 
@@ -45,7 +46,7 @@ def main(imdb: Path, cs224n: Path, mrpc: Path, out: Path):
     rng.shuffle(train)
     out.mkdir(parents=True, exist_ok=True)
     for name, documents in (("train", train), ("val", val)):
-        with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
+        with replacing(out / f"{name}.jsonl") as tmp, open(tmp, "w", encoding="utf-8") as file:
             for document in documents:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in document)
     print(f"{out}: {len(reviews):,} reviews, of them 750 in val.jsonl, and {len(pairs):,} pairs")

@@ -94,9 +94,10 @@ def test_base_text_leaves_out_what_is_reported_on(tmp_path):
 
     eleven = "one Two three four five six seven, eight nine ten eleven"
     reviews("train", [f"Review {i}." for i in range(755)] + [f"It has {eleven} <br />twelve."])
-    reviews("unsup", [f"{eleven} and no more", f"Well, {eleven} THIRTEEN!"])
+    letters = "a b c d e f g h i j k l"
+    reviews("unsup", [f"{eleven} and no more", f"Well, {eleven} THIRTEEN!", f"See {letters}."])
     reviews("test_10k", ["It is a test, with " + eleven + " thirteen."])
-    for part, text in (("dev", f"{eleven} twelve"), ("test-student", "Short.")):
+    for part, text in (("dev", f"{eleven} twelve"), ("test-student", letters)):
         write(f"ids-cfimdb-{part}.csv", ("id", "sentence"), ("1", text))
     write("ids-sst-train.csv", ("id", "sentence", "sentiment"), ("1", "A joy.", "4"))
     write("quora-train.csv", ("sentence1", "sentence2", "is_duplicate"), ("Why?", "How?", "0"))
@@ -107,7 +108,7 @@ def test_base_text_leaves_out_what_is_reported_on(tmp_path):
     train, val = ([json.loads(line)["text"] for line in
                    (tmp_path / "out" / f"{name}.jsonl").read_text("utf-8").splitlines()]
                   for name in ("train", "val"))
-    assert len(val) == 750 and len({*train, *val}) == 755 + 1 + 5  # one of three with those words
+    assert len(val) == 750 and len({*train, *val}) == 755 + 1 + 5  # one of four with such words
     assert f"{eleven} and no more" in {*train, *val} and train.count("A joy.") == 2
     for one, two in (("Why?", "How?"), ('He "said', "He spoke")):
         for a, b in ((one, two), (two, one)):
