@@ -14,7 +14,7 @@ import urllib.request
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, pairwise
 from operator import add
 from pathlib import Path
 
@@ -33,6 +33,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 BYTE_ORDER = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 BYTE_ORDER += [b for b in range(256) if b not in BYTE_ORDER]  # the order of ids 0 to 255
 CHARS = [chr(b if i < 188 else 68 + i) for i, b in enumerate(BYTE_ORDER)]  # in the same order
+ALPHABET = frozenset(CHARS)
 VOCAB_BPE = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 VOCAB_COPY = HERE / "data" / ".cache" / "vocab.bpe"
@@ -42,8 +43,10 @@ TO_BYTE = {ord(c): b for c, b in zip(CHARS, BYTE_ORDER)}
 
 
 def token_bytes(token: str) -> bytes:
-    """The bytes of a token as GPT-2 writes it; a character that is not of its alphabet is `?`."""
-    return token.translate(TO_BYTE).encode("latin-1", "replace")
+    """The bytes of a token as GPT-2 writes it; ValueError for a character that writes no byte."""
+    if not ALPHABET.issuperset(token):
+        raise ValueError(f"the token {token!r:.40} has a character that stands for no byte")
+    return token.translate(TO_BYTE).encode("latin-1")
 
 
 def merge_ranks(merges) -> dict[bytes, int]:
@@ -58,6 +61,24 @@ def merge_ranks(merges) -> dict[bytes, int]:
                              "the merges are damaged or out of order")
         ranks[left + right] = 255 + number
     return ranks
+
+
+def check_merges(merges, ranks: dict[bytes, int]):
+    """ValueError for merges whose ranks alone do not tell how a text is encoded. tiktoken joins any
+    two neighbours that make a token, the file only the pair that its merge names: they agree where
+    each token's bytes, joined by the merges before its own, end as that pair."""
+    for line in merges:
+        pair = [token_bytes(part) for part in line.split(" ")]
+        token = b"".join(pair)
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            found = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            i = found.index(min(found))
+            if found[i] >= ranks[token]:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if parts != pair:
+            raise ValueError(f"the merge {line!r} is not the one that makes its token")
 
 
 def learn_merges(documents, n_merges: int) -> list[tuple[int, int]]:

@@ -15,9 +15,17 @@ import torch
 
 from files import HERE, read_json, replacing, write_text
 from foreign import OTHER_FILES, SAVE, TOKENIZER_FILES
-from hf import find_file, load_torch, local_folder, make_config, read_model_ids
+from hf import (
+    MODEL_IDS,
+    find_file,
+    load_torch,
+    local_folder,
+    make_config,
+    read_model_ids,
+)
 from lora import load_adapter, merge, unmerge
 from model import GPT, GPTConfig
+from text import say_once
 from tokenizer import Tokenizer, from_json, open_tokenizer
 
 # What every checkpoint must hold, before anything in it is used.
@@ -25,6 +33,10 @@ FIELDS = {"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "set
           "step": int, "tokens": int, "skipped": int, "elapsed_s": float, "tokenizer": str,
           "best_loss": (float, tuple), "loss_sum": float, "counted": int}
 OLDER = {"skipped": 0, "loss_sum": 0.0, "counted": 0}  # which older checkpoints lack
+# Fields of generation_config.json that are settings here, or change nothing in what is drawn.
+DECODING = (*MODEL_IDS, "do_sample", "temperature", "top_k", "top_p", "num_beams", "length_penalty",
+            "max_length", "max_new_tokens", "num_return_sequences", "use_cache",
+            "cache_implementation", "transformers_version")
 # Settings that a resumed run does not take from its checkpoint.
 OF_THE_MOMENT = ("init_from", "out_dir", "overwrite", "device", "dtype", "compile", "verify",
                  "checkpoint_activations", "bfloat16_gradients", "eval_only", "quantize",
@@ -289,9 +301,13 @@ def adapter_base(name) -> str | None:
     adapter = local_folder(name) / "adapter_config.json"
     if not adapter.is_file():
         return None
-    base = read_json(adapter).get("base_model_name_or_path")
+    config = read_json(adapter)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):
         raise ValueError(f"{adapter} names no base model: its base_model_name_or_path is {base!r}")
+    if revision not in (None, "main"):
+        raise ValueError(f"{adapter} names revision {revision} of {base}, expected none: download "
+                         "that, name its folder as base_model_name_or_path, and remove revision")
     return base
 
 
@@ -311,6 +327,19 @@ def model_tokenizer(name, revision: str | None = None) -> Tokenizer | None:
         raise ValueError(f"{name}: its tokenizer is {min(other)}, which is not read here; expected "
                          f"tokenizer.json, which {SAVE} writes")
     return model_tokenizer(base, revision) if base else None
+
+
+def note_decoding(name, revision, num_tokens: int):
+    """Names what a model's generation_config.json asks of decoding that the scripts do not do."""
+    path = find_file(name, "generation_config.json", revision)
+    asked = {key: value for key, value in (read_json(path) if path else {}).items()
+             if key not in DECODING and not key.startswith(("_", "output_", "return_"))
+             and value not in (None, False, [], {}) and (key, value) != ("repetition_penalty", 1)}
+    if min(asked.get("suppress_tokens", [0])) >= num_tokens:  # rows past the tokenizer's ids
+        del asked["suppress_tokens"]
+    if asked:
+        say_once(f"note: {path} asks for {', '.join(sorted(asked))}, which transformers' generate "
+                 "does and the scripts here do not")
 
 
 def load_model(name, tokenizer=None, **options):
@@ -342,4 +371,5 @@ def load_model(name, tokenizer=None, **options):
                          f"has {rows} rows for them; its folder needs the tokenizer.json that it "
                          f"was trained with, and --tokenizer={name} prepares data for it")
     model.num_tokens = tokenizer.vocab_size
+    note_decoding(name, options.get("revision"), model.num_tokens)
     return model, tokenizer

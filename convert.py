@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import adapter_base, load_model
 from configurator import run as run_script
 from files import read_json, write_text
 from hf import DROPOUTS, PREFIX, find_file, load_torch
@@ -33,6 +33,8 @@ revision: str | None = None  # of a hub name
 licence = "unknown"  # of the weights, for the card: an SPDX-like id such as mit or cdla-sharing-1.0
 notes: list[str] = []  # further lines of the card, `Name: text`
 
+NANOGPT_ARGS = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"}
+
 
 def load_nanogpt(path) -> tuple[GPT, dict]:
     """(GPT, its checkpoint) of nanoGPT's ckpt.pt, with the same logits: erf GELU, biases or none,
@@ -41,6 +43,9 @@ def load_nanogpt(path) -> tuple[GPT, dict]:
     checkpoint = load_torch(path)
     try:
         args = checkpoint["model_args"]
+        if more := args.keys() - NANOGPT_ARGS:
+            raise ValueError(f"{path}: its network has the setting {min(more)!r}, which nanoGPT's "
+                             "has not; convert.py cannot know what it computes")
         vocab_size = 50257 if args["vocab_size"] == 50304 else args["vocab_size"]
         state = {PREFIX.sub("", name, 1) if PREFIX.match(name) else name: t
                  for name, t in checkpoint["model"].items() if not name.endswith(".attn.bias")}
@@ -99,6 +104,15 @@ def kept_fields(name) -> dict:
     path = find_file(name, "config.json", revision)
     config = read_json(path) if path else {}
     return {key: config[key] for key in (*DROPOUTS, "task_specific_params") if key in config}
+
+
+def keep_generation_config(file: Path):
+    """Adds what the source says of decoding to the generation_config.json of the new folder."""
+    source = find_file(adapter_base(input) or input, file.name, revision)
+    said, ours = read_json(source) if source else {}, read_json(file)
+    never = {*(said.get("suppress_tokens") or []), *ours.get("suppress_tokens", [])}
+    said |= ours | ({"suppress_tokens": sorted(never)} if never else {})
+    write_text(file, json.dumps(said, indent=2) + "\n")
 
 
 def facts(folder: Path) -> dict:
@@ -206,9 +220,8 @@ def main():
         model.save_pretrained(new, **(tok.model_ids() if tok else {}) | kept)
         if tok:
             tok.save(new, model_max_length=model.config.block_size)
-        if not path.is_file() and (said := find_file(input, "generation_config.json", revision)):
-            said = read_json(said) | read_json(new / "generation_config.json")
-            write_text(new / "generation_config.json", json.dumps(said, indent=2) + "\n")
+        if not path.is_file():
+            keep_generation_config(new / "generation_config.json")
         unknown = read_json(new / "config.json").get("talegpt")
         write_text(new / "README.md", card(folder.resolve().name, model, tok, unknown, found))
         checked = check_export(new) if not unknown else (

@@ -320,7 +320,7 @@ def foreign_header(file: Path) -> int:
             raise ValueError(f"{file} is an array of {array.dtype} {array.shape}, expected (N,) "
                              "uint16 tokens as build-nanogpt writes")
         return array.offset
-    if 20240000 < magic < 20300000:  # no GPT-2 tokens: the first of them would be above 50,257
+    if 20240000 < magic < 309 * 2**16:  # no GPT-2 tokens: the first would be above 50,257
         if (magic, version, size) != (20240520, 1, 1024 + 2 * count):
             raise ValueError(f"{file} has {size:,} bytes, magic number {magic}, version {version} "
                              f"and {count:,} tokens by its header; expected llm.c's GPT-2 tokens: "

@@ -129,8 +129,8 @@ def parse_decoding(text: str, config) -> dict:
     return options
 
 
-def decode_all(model, prompts: list[list[int]], options: dict, eos_id: int, bar) -> list[list[int]]:
-    """The new ids after each prompt, end-of-text included where it was reached."""
+def decode_all(model, prompts: list[list[int]], options: dict, stop_ids, bar) -> list[list[int]]:
+    """The new ids after each prompt up to the first of stop_ids, which is included."""
     beams = "num_beams" in options
     groups = defaultdict(list)
     for i, prompt in enumerate(prompts):  # beam search needs prompts of one length: no padding
@@ -141,13 +141,14 @@ def decode_all(model, prompts: list[list[int]], options: dict, eos_id: int, bar)
     for batch in batches:
         idx, mask = left_padded([prompts[i] for i in batch], model.transformer.wte.weight.device)
         if beams:
-            ids = beam_search(model, idx, max_new_tokens, eos_id=eos_id, **options)[0]
+            ids = beam_search(model, idx, max_new_tokens, eos_id=stop_ids, **options)[0]
         else:
             generator = torch.Generator().manual_seed(seed + batch[0])
-            ids = model.generate(idx, max_new_tokens, eos_id=eos_id, generator=generator,
+            ids = model.generate(idx, max_new_tokens, eos_id=stop_ids, generator=generator,
                                  attention_mask=None if mask.all() else mask, **options)
         for i, new in zip(batch, ids[:, idx.size(1):].tolist()):
-            endings[i] = new[:new.index(eos_id) + 1] if eos_id in new else new
+            end = next((n for n, token in enumerate(new, 1) if token in stop_ids), None)
+            endings[i] = new[:end]
         bar.update(len(batch))
     return endings
 
@@ -167,11 +168,11 @@ def ending_loss(model, prompt: list[int], ending: list[int]) -> float:
     return total
 
 
-def measure(model, prompts, endings, texts: list[str], eos_id: int) -> dict:
+def measure(model, prompts, endings, texts: list[str], stop_ids) -> dict:
     """All measures but `copied` of some endings, given as ids and as texts."""
     lists, count = [words(text) for text in texts], len(texts)
     nats = sum(ending_loss(model, prompt, ending) for prompt, ending in zip(prompts, endings))
-    ended = sum(eos_id in ending for ending in endings)
+    ended = sum(ending[-1] in stop_ids for ending in endings)
     return {"words": sum(map(len, lists)) / count, "ended": ended / count,
             "ppl": math.exp(min(nats / sum(map(len, endings)), 700)),  # exp overflows past that
             **{f"dist-{n}": distinct(lists, n) for n in (1, 2, 3)},
@@ -207,6 +208,7 @@ def main():
         raise ValueError(f"num_prompts: only {len(pairs)} stories have over {prompt_words} words")
     pairs = random.Random(seed).sample(pairs, num_prompts)
     prompts = [tok.frame[0] + tok.encode(prompt, whole=False).tolist() for prompt, _ in pairs]
+    stop_ids = {tok.eos_id, *tok.stop_ids}
     parameters = model.num_params()  # fewer after prepare(), whose layers hold no parameters
     model = prepare(model.to(env.device))
 
@@ -215,12 +217,12 @@ def main():
     with tqdm(total=num_prompts * len(strategies), unit=" stories", disable=None) as bar:
         for strategy, options in strategies.items():
             bar.set_description(strategy)
-            endings[strategy] = decode_all(model, prompts, options, tok.eos_id, bar)
+            endings[strategy] = decode_all(model, prompts, options, tok.stop_ids, bar)
     texts, rows = {}, []
     for strategy, made in endings.items():
-        texts[strategy] = [tok.decode([i for i in ending if i != tok.eos_id]) for ending in made]
+        texts[strategy] = [tok.decode([i for i in ending if i not in stop_ids]) for ending in made]
         rows.append({"decoding": strategy,
-                     **measure(model, prompts, made, texts[strategy], tok.eos_id)})
+                     **measure(model, prompts, made, texts[strategy], stop_ids)})
     training = tqdm(documents(data, "train"), "copies", unit=" training stories", disable=None)
     for row, share in zip(rows, copied(texts.values(), training)):
         row["copied"] = share

@@ -262,13 +262,14 @@ def answers(gpt: GPT, tokenizer, form: str, records) -> list[str]:
     limit = max(T // 2, T - max_new_tokens)  # of a prompt
     prompts = [prompt_ids(tokenizer, form, record["instruction"], record["input"], limit)[0]
                for record in records]
+    stop_ids = [*{tokenizer.eos_id, *tokenizer.stop_ids}]
     batches = range(0, len(prompts), 32)
     for start in tqdm(batches, "answers", unit=" batches", delay=2, leave=False, disable=None):
         idx, mask = left_padded(prompts[start:start + 32], gpt.transformer.wte.weight.device)
-        new = gpt.generate(idx, max_new_tokens, temperature=0.0, eos_id=tokenizer.eos_id,
+        new = gpt.generate(idx, max_new_tokens, temperature=0.0, eos_id=stop_ids,
                            attention_mask=mask)[:, idx.size(1):]
         for row in new.tolist():
-            texts.append(tokenizer.decode([i for i in row if i != tokenizer.eos_id]).strip())
+            texts.append(tokenizer.decode([i for i in row if i not in stop_ids]).strip())
     return texts
 
 

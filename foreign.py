@@ -61,11 +61,15 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
     elif kind not in GENERIC_CLASSES or not data:
         raise ValueError(f"{folder}: its tokenizer_class is {name!r}, supported are GPT2Tokenizer "
                          "and, with a tokenizer.json, PreTrainedTokenizerFast")
-    if "additional_special_tokens" in config:  # the older name
-        config.setdefault("extra_special_tokens", config.pop("additional_special_tokens"))
     if "added_tokens_decoder" not in config:
-        config |= read("special_tokens_map.json")
-        config.pop("additional_special_tokens", None)  # which transformers 5 does not read there
+        more = read("special_tokens_map.json")
+        more.pop("additional_special_tokens", None)  # which transformers 5 does not read there
+        config |= more
+    older = config.pop("additional_special_tokens", None)  # the name in transformers 4
+    if older and not config.get("extra_special_tokens"):
+        config["extra_special_tokens"] = older
+    elif older and isinstance(config["extra_special_tokens"], dict):  # which do not replace them
+        config["additional_special_tokens"] = older
     if kind != "GPT2Tokenizer" and data.get("padding"):
         config.setdefault("pad_token", data["padding"].get("pad_token"))
     config.setdefault("eos_token", None)  # none is named, so there is none
@@ -116,6 +120,7 @@ def _add_tokens(library, data, config, added_json):
            and key not in NAMED_TOKENS and isinstance(value, str)]
     named = [config[key] for key in (*NAMED_TOKENS, *own) if config.get(key)]
     named += extra.values() if isinstance(extra, dict) else extra
+    named += config.get("additional_special_tokens", [])
     contents = [content_of(token) for token in named]
     added = config.get("added_tokens_decoder")
     if added is None:

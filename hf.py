@@ -34,7 +34,7 @@ MODEL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What transformers can compute in other ways than model.py, with the value that is ours.
 FIXED = {"n_inner": None, "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
-         "add_cross_attention": False}
+         "add_cross_attention": False, "is_causal": True}
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # stored (in, out) by Hugging Face
 PREFIX = re.compile(r"((module|_orig_mod|model)\.)+")  # of DDP, the compiler and other loops
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # buffers of old files, not parameters

@@ -380,7 +380,7 @@ def edit(path, **changes):
     ({"n_inner": 100}, "n_inner"), ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
-    ({"scale_attn_weights": False}, "scale_attn_weights"),
+    ({"scale_attn_weights": False}, "scale_attn_weights"), ({"is_causal": False}, "is_causal"),
     ({"model_type": "llama"}, "llama"), ({"activation_function": "relu"}, "relu"),
     ({"n_embd": 64}, r"transformer\.wte\.weight.*\(97, 32\)"), ({"n_layer": 4}, r"h\.3\."),
     ({"n_layer": 2}, r"h\.2\."), ({"n_layer": -1}, "n_layer"), ({"vocab_size": "97"}, "vocab_size"),

@@ -25,6 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from files import read_json
+
 # The fields of an instruction, of Alpaca (Taori et al. 2023), and their names in other sets:
 # prompts with completions, and Dolly (Conover et al. 2023).
 FIELDS = {"instruction": ("instruction", "prompt"), "input": ("input", "context"),
@@ -49,7 +51,9 @@ def find_files(patterns) -> list[Path]:
         names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         found = [Path(name) for name in sorted(names) if os.path.isfile(name)]
         if os.path.isdir(pattern):
-            found = sorted(Path(pattern).glob("data-*.arrow"))
+            state = Path(pattern, "state.json")  # shards that it does not name are an older save's
+            listed = read_json(state).get("_data_files", []) if state.is_file() else []
+            found = [Path(pattern, file["filename"]) for file in listed]
             if not found:
                 splits = sorted(Path(pattern).glob("*/state.json"))
                 choice = " or ".join(str(state.parent) for state in splits)

@@ -38,6 +38,9 @@ PRE_TOKENIZERS = {"bpe": BYTE_LEVEL, "bytes": BYTE_LEVEL | {"use_regex": False},
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
                "special": True}
 
+# What clean_up_tokenization_spaces joins to the word before it, in the order of transformers.
+DETACHED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
 
 class Tokenizer:
     """Ids and back. Made by `open_tokenizer`, `from_json`, `char_tokenizer` or `train_bpe`.
@@ -109,6 +112,8 @@ class Tokenizer:
         if self.special == {EOT: 50256} and (self.id_of_rank == np.arange(len(ids))).all():
             known = sha256(self.merges_txt().encode()) == bpe.VOCAB_BPE_SHA256
             self.name = "gpt2" if known else "bpe"
+        if self.name != "gpt2":
+            bpe.check_merges(self.merges, self.ranks)
         self.encoding = tiktoken.Encoding(  # it must have a special token; `encode` allows none
             self.name, pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens={EOT: len(ids)})
 
@@ -269,6 +274,8 @@ class ForeignTokenizer(Tokenizer):
         config = config or {}
         self.plain.encode_special_tokens = True  # they are ordinary text
         self.parsing.encode_special_tokens = bool(config.get("split_special_tokens"))
+        self.attaches = bool(config.get("clean_up_tokenization_spaces")  # which is not for BPE
+                             and type(self.plain.model).__name__ != "BPE")
         self.name, self.merges = "tokenizers", []
         vocab = self.plain.get_vocab(with_added_tokens=True)
         self.ids = dict(sorted(vocab.items(), key=lambda item: item[1]))
@@ -310,7 +317,10 @@ class ForeignTokenizer(Tokenizer):
         return self.decode(ids).encode()
 
     def decode(self, ids) -> str:
-        return self.plain.decode(self._checked(ids), skip_special_tokens=False)
+        text = self.plain.decode(self._checked(ids), skip_special_tokens=False)
+        for form in DETACHED if self.attaches else ():
+            text = text.replace(form, form.strip())
+        return text
 
     def definition(self) -> dict:
         return json.loads(self.plain.to_str())
@@ -436,7 +446,7 @@ def from_definition(data: dict, config: dict | None = None) -> Tokenizer:
                                           "continuing_subword_prefix"))
         or data.get("normalizer") or after.get("cls") or after.get("processors")
         or any("SpecialToken" in part for part in after.get("single", []))
-        or (name != "char" and (data.get("decoder") or {}).get("type") != "ByteLevel")
+        or (data.get("decoder") or {}).get("type") != ("Fuse" if name == "char" else "ByteLevel")
         or any(token | PLAIN_TOKEN != token for token in added)
         or name == "char" and any(len(token) != 1 for token in model["vocab"].keys() - special))
     if not another:

@@ -21,6 +21,7 @@ from hf import load_torch
 from lora import add_lora, merge, save_adapter, unmerge
 from model import GPT, MLP, GPTConfig
 from test_model import ids, tiny, tiny_hf
+from text import say_once
 from tokenizer import char_tokenizer, from_json, open_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -173,6 +174,9 @@ def test_nanogpt_checkpoint(tmp_path, bias):
     assert (model(x)[0] - hf(x).logits).abs().max() < 1e-10
     back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     assert (back(x).logits - hf(x).logits).abs().max() < 1e-10
+    torch.save(saved | {"model_args": args | {"n_kv_head": 2}}, tmp_path / "fork.pt")
+    with pytest.raises(ValueError, match=r"fork\.pt: its network has the setting 'n_kv_head'"):
+        run_convert(f"--input={tmp_path}/fork.pt", f"--out={tmp_path}/fork")
     state["_orig_mod.lm_head.weight"] = 2 * padded  # of a fork that does not tie it
     torch.save(saved, tmp_path / "ckpt.pt")
     run_convert(f"--input={tmp_path}/ckpt.pt", f"--out={tmp_path}/out")
@@ -300,6 +304,39 @@ def test_adapters_merged_on_loading_stay_merged(tmp_path):
     merge(loaded)  # as fine-tunings do to save
     unmerge(loaded)
     assert torch.equal(loaded(ids())[0], want)
+
+
+def test_what_a_model_asks_of_decoding_is_kept_and_said(tmp_path, capsys):
+    """Also that of an adapter's base, and beside the rows that no token has."""
+    model = tiny(vocab_size=260)
+    model.save_pretrained(tmp_path / "base")
+    open_tokenizer("bytes").save(tmp_path / "base")
+    load_model(tmp_path / "base")
+    add_lora(model, 2, 4.0)
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    run_convert(f"--input={tmp_path}/base", f"--out={tmp_path}/again")
+    assert "asks for" not in capsys.readouterr().err
+    file = tmp_path / "base" / "generation_config.json"
+    asked = {"repetition_penalty": 1.8, "suppress_tokens": [53, 54], "top_k": 5, "no_repeat_ngram_size": 0}
+    file.write_text(json.dumps(asked))
+    for source in ("base", "adapter"):
+        load_model(tmp_path / source)
+        assert f"note: {file} asks for repetition_penalty, suppress_tokens, which" in capsys.readouterr().err
+        say_once.cache_clear()
+        run_convert(f"--input={tmp_path / source}", f"--out={tmp_path}/out_{source}")
+        kept = json.loads((tmp_path / f"out_{source}" / "generation_config.json").read_text())
+        assert asked | {"suppress_tokens": [53, 54, 256, 257, 258, 259]} == {key: kept[key] for key in asked}
+        say_once.cache_clear()
+
+
+def test_an_adapter_of_a_revision_of_its_base(tmp_path):
+    model = tiny()
+    add_lora(model, 2, 4.0)
+    save_adapter(model, tmp_path, "someone/gpt2")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"revision": "v2"}))
+    with pytest.raises(ValueError, match="names revision v2 of someone/gpt2, expected none"):
+        load_model(tmp_path)
 
 
 def test_command_line(monkeypatch):

@@ -220,6 +220,14 @@ def test_shards_of_others_are_read_or_refused(tmp_path, kind, names):
     assert data.vocab_size == 50257 and data.eos_id == 50256
 
 
+def test_nanogpts_tokens_are_no_header(tmp_path):
+    """Whatever the first two are: as an int32 they may be near llm.c's magic numbers."""
+    for first in ((0, 309), (50256, 309), (50256, 308)):
+        for split in ("train", "val"):
+            np.array([*first, *GPT2], "<u2").tofile(tmp_path / f"{split}.bin")
+        assert Data(f"{tmp_path}/").train.rows([0], 2)[0].tolist() == [*first]
+
+
 @pytest.mark.parametrize(("kind", "options", "word"), [
     ("nanogpt", {"dtype": "<u4"}, r"train.bin has uint32 tokens, every second uint16 .*astype"),
     ("npy", {"dtype": "<u4"}, r"an array of uint32 \(3000,\), expected"),
@@ -399,7 +407,8 @@ def saved_tables(folder):
     feather.write_feather(table, folder / "j.arrow", compression="zstd")
     with pa.ipc.new_stream(folder / "k.arrow", table.schema) as stream:
         stream.write_table(table)
-    datasets.Dataset.from_list(rows).save_to_disk(folder / "l", num_shards=2)
+    datasets.Dataset.from_list([{"id": 9, "story": "an older save's"}] * 4).save_to_disk(folder / "l", num_shards=4)
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "l", num_shards=2)  # does not remove those
     datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(folder / "m")
     (folder / "n.jsonl.bz2").write_bytes(bz2.compress(lines.encode()))
     for name, raw in (("o.jsonl.zst", lines.encode()), ("p.csv.zst", (folder / "e.csv").read_bytes())):

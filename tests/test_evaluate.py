@@ -96,14 +96,14 @@ def test_batched_decoding_is_decoding_one_by_one():
     prompts = [tok.encode(text).tolist() for text in ("Once", "A longer one", "Tim", "Four", "x")]
     bar = type("Bar", (), {"update": lambda self, n: None})()
     for options in ({"temperature": 0.0}, {"num_beams": 3}):
-        made = evaluate.decode_all(model, prompts, options, 255, bar)
+        made = evaluate.decode_all(model, prompts, options, [255], bar)
         for prompt, ids in zip(prompts, made):
-            alone = evaluate.decode_all(model, [prompt], options, 255, bar)[0]
+            alone = evaluate.decode_all(model, [prompt], options, [255], bar)[0]
             assert ids == alone and 0 < len(ids) <= 20
-    drawn = evaluate.decode_all(model, prompts, {"top_p": 0.9}, 255, bar)
-    assert drawn == evaluate.decode_all(model, prompts, {"top_p": 0.9}, 255, bar)
+    drawn = evaluate.decode_all(model, prompts, {"top_p": 0.9}, [255], bar)
+    assert drawn == evaluate.decode_all(model, prompts, {"top_p": 0.9}, [255], bar)
     eos = made[0][3]
-    made = evaluate.decode_all(model, prompts, {"temperature": 0.0}, eos, bar)
+    made = evaluate.decode_all(model, prompts, {"temperature": 0.0}, [255, eos], bar)
     assert any(eos in ids for ids in made) and all(eos not in ids[:-1] for ids in made)
 
 
@@ -138,6 +138,11 @@ def test_script(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and lines[0]["prompt"] + lines[0]["real endings"] in val
     assert run("--decoding=greedy", "--out=None") and not (tmp_path / "out").exists()
+    (first, *_), file = tok.encode(lines[0]["greedy"]), tmp_path / "m" / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [255, int(first)]}))  # a second token that ends a text
+    run("--decoding=greedy", "--out=q", "--stories=s.jsonl")
+    assert json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])["greedy"] == ""
+    assert json.loads((tmp_path / "q.json").read_text())["rows"][1]["ended"] >= 1 / 4
     with pytest.raises(ValueError, match="6 stories"):
         run("--num_prompts=7")
     with pytest.raises(ValueError, match="batch_size"):

@@ -169,6 +169,39 @@ def test_the_frame_of_a_small_alphabet_is_the_librarys(tmp_path):
     assert dna.encode("GA", whole=False).tolist() == [3, 1]
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("extra", [{}, [], {"image_token": "<img>"}, ["<img>"]])
+def test_further_special_tokens_by_both_names(tmp_path, kind, extra):
+    trained().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": kind, "eos_token": "<|endoftext|>", "additional_special_tokens": ["<|user|>"],
+        "extra_special_tokens": extra}))
+    ours, text = open_tokenizer(str(tmp_path)), "a<|user|>b<img>c"
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert ours.encode(text, special=True).tolist() == ids
+    ours.save(tmp_path / "export")
+    assert open_tokenizer(str(tmp_path / "export")).encode(text, special=True).tolist() == ids
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "export")(text)["input_ids"] == ids
+
+
+def test_decoded_text_is_that_of_autotokenizer(tmp_path):
+    """Of words with clean_up_tokenization_spaces, and of characters without a decoder."""
+    words = Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(["do", "n't", ",", "he", "'s", "!", "'", "x"])}, "x"))
+    words.pre_tokenizer = pre.WhitespaceSplit()
+    characters = Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate("abc .")}, []))
+    for tok, text, clean in ((words, "do n't , he 's ! x ' x", True), (words, "do n't !", False),
+                             (characters, "ab c.", False), (characters, "ab c .", True)):
+        tok.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": clean}))
+        ours, theirs = open_tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text).tolist() == ids and ours.decode(ids) == theirs.decode(ids)
+        assert from_json(ours.to_json()).decode(ids) == theirs.decode(ids)
+
+
 def test_what_a_folder_names_survives_our_own_files(tmp_path):
     """Begin, end and padding by other names, told by dicts as older saves do, nulls, a list of further tokens."""
     tok = trained(special=("<s>", "</s>", "<pad>"))
