@@ -226,6 +226,9 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type) -> dict | No
         check_settings(checkpoint["path"], settings_of(checkpoint), settings, fixed,
                        checkpoint.get("command"))
         return checkpoint
+    if init_from == "auto" and "base" in fields:
+        raise ValueError(f"there is no run in {out} to go on with: name the model that a new one "
+                         "begins with, --init_from=MODEL")
     if init_from == "auto":
         env.say(f"there is no run in {out} yet: a new one begins")
     kinds = ("ckpt*.pt", "results.json", "best/config.json")  # what is worth keeping

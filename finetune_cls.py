@@ -10,7 +10,7 @@ A linear layer reads the hidden state of a text's last token. style head: it sta
 end-of-text divides a pair; with --pooling=mean it reads the mean of all hidden states. style cloze:
 the text stands in a prompt, and the layer starts as the language model's logits of the words that
 answer it. OUT/best, the model of the best epoch on dev, adapters merged, is transformers'
-GPT2ForSequenceClassification where the last token is read.
+GPT2ForSequenceClassification where the layer reads the last token, and with cloze GPT2LMHeadModel.
 """
 
 import csv
@@ -41,13 +41,13 @@ from configurator import run as run_script
 from data import digest
 from device import begin, to_device
 from files import read_json, replacing, write_text
-from hf import fitting_tensors, local_folder, make_config, read_pretrained
+from hf import find_file, fitting_tensors, make_config, read_pretrained
 from lora import set_trainable
 from model import GPT, GPTConfig
 from optim import build_optimizer
 from run import Run, figure
-from text import first_of, hub_rows, normalize, read_table
-from tokenizer import open_tokenizer
+from text import first_of, hub_rows, normalize, read_table, say_once
+from tokenizer import from_json, open_tokenizer
 
 # what and where
 out_dir = "out/finetune_cls"  # the run's folder
@@ -83,7 +83,7 @@ epochs = 3  # 0: only evaluates the model as it is
 batch_size = 32  # texts of an update, over all ranks
 accumulation = 1  # micro-batches of a rank, which divide these texts
 optimizer = "adamw"  # or another of optim.OPTIMIZERS
-learning_rate = 5e-4  # its peak: warmup over the first tenth, then linear to zero
+learning_rate = 5e-4  # its peak, of GPT-2 itself 2e-5: warmup over the first tenth, then linear to zero
 adamw_learning_rate: float | None = None  # under muon, of embeddings and vectors; None: the same
 head_learning_rate: float | None = None  # of the linear layer; None: the same
 weight_decay = 0.01  # of matrices
@@ -110,7 +110,7 @@ FIXED = ("seed", "mode", "style", "pooling", "prompt", "verbalizers", "keep", "l
          "optimizer")  # of a resumed run
 LIKE_TRANSFORMERS = {"style": "head", "pooling": "last"}  # how its classifiers read a text
 HEADLINE = ("accuracy", "macro_f1", "positive_f1")  # of results.json, also without a split's name
-NO_LABEL = ("", "None", "nan")  # null is None
+NO_LABEL = ("", "None", "nan")  # an empty cell; null; pandas' missing value
 EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
 
 
@@ -161,7 +161,9 @@ def read_splits() -> dict[str, list[Example]]:
     files = {"train": train_file, "dev": dev_file, "test": test_file}
     files = {name: Path(data_dir or "", file) for name, file in files.items() if file}
     splits = {}
-    if dataset and not data_dir and not ("train" in files and files["train"].is_file()):
+    if dataset and not data_dir and not any(file.is_file() for file in files.values()):
+        say_once(f"{', '.join(map(str, files.values())) or 'no file'}: not here; {dataset} is read "
+                 "from the hub")
         hint = "give local files with --data_dir=FOLDER"
         found = {}
         for split, row in hub_rows(dataset, ("train", "validation", "test"), hint):
@@ -239,7 +241,7 @@ def encode(examples: list[Example], tokenizer, T: int) -> tuple[list[np.ndarray]
         for part, after in zip(ids, fixed[1:]):
             parts += [part, after]
         row = np.concatenate(parts).astype(np.int64)
-        if tokenizer.pad_id is not None:  # transformers reads the last token that is another
+        if tokenizer.pad_id is not None:  # transformers reads the last token that pads nothing
             real = np.flatnonzero(row != tokenizer.pad_id)
             row = row[:real[-1] + 1] if len(real) else row[:0]
         rows.append(row if len(row) else np.array([tokenizer.eos_id]))
@@ -324,9 +326,9 @@ def answer_ids(tokenizer, names: list[str]) -> list[int]:
 
 
 def read_config(name: str) -> tuple[dict, list[str]]:
-    """config.json of a model on this machine, {} without one, and the classes in it, in order."""
-    file = local_folder(name) / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    """config.json of a model, {} without one, and the classes in it, in order."""
+    file = find_file(name, "config.json")
+    config = read_json(file) if file else {}
     architectures = str(config.get("architectures"))
     if "finetune_cls" not in config and "ForSequenceClassification" not in architectures:
         return config, []  # a language model, whose id2label, if any, says nothing
@@ -338,17 +340,16 @@ def read_config(name: str) -> tuple[dict, list[str]]:
 def load(name: str, names: list[str], env) -> tuple:
     """(Classifier, its tokenizer) from a model: with the linear layer that it brings, if that is
     for these classes and this style, or a new one."""
-    folder, weight = local_folder(name), None
-    config, own = read_config(name)
-    fields, tensors = read_pretrained(folder) if config else ({}, {})
+    weight, (config, own) = None, read_config(name)
+    fields, tensors = read_pretrained(name) if config else ({}, {})
     if "score.weight" in tensors:  # without lm_head.weight, as transformers writes them
         weight = tensors.pop("score.weight")[1]().float()
         fields |= {"dropout": dropout, "tie_word_embeddings": "lm_head.weight" not in tensors}
-        gpt = GPT(make_config(GPTConfig, fields, folder))
+        gpt = GPT(make_config(GPTConfig, fields, name))
         gpt.load_state_dict(fitting_tensors(tensors, gpt.state_dict(), name))
-        tokenizer = model_tokenizer(folder) or open_tokenizer("gpt2")
+        tokenizer = model_tokenizer(name) or open_tokenizer("gpt2")
         if len(weight) != len(own) or tokenizer.vocab_size > gpt.config.vocab_size:
-            raise ValueError(f"{folder}: its linear layer has {len(weight)} rows for {len(own)} "
+            raise ValueError(f"{name}: its linear layer has {len(weight)} rows for {len(own)} "
                              f"classes, its embedding {gpt.config.vocab_size} for "
                              f"{tokenizer.vocab_size} ids")
     else:
@@ -378,7 +379,8 @@ def save(out: Path, net: Classifier, tokenizer, names: list[str], T: int, pairs:
     """OUT/best, in its config.json what `classify` must know, in its README.md what others must."""
     how = {"style": style, "pooling": pooling, "prompt": prompt, "verbalizers": verbalizers,
            "keep": keep, "lowercase": lowercase, "max_tokens": T, "pairs": pairs,
-           "text_column": text_column, "text_pair_column": text_pair_column}
+           "text_column": text_column, "text_pair_column": text_pair_column,
+           "label_column": label_column}
     kind, files = {"architectures": ["GPT2LMHeadModel"]}, {}
     if style == "head":
         kind = {"architectures": ["GPT2ForSequenceClassification"]}
@@ -493,15 +495,19 @@ def classify(env):
     problem = config.get("problem_type") or ("regression" if len(names) < 2 else "")
     if problem in ("regression", "multi_label_classification"):
         raise ValueError(f"{init_from} is for {problem}, not for one class of several")
-    file = local_folder(init_from) / "tokenizer_config.json"
-    limits = read_json(file) if file.is_file() else {}
+    file = find_file(init_from, "tokenizer_config.json")
+    limits = read_json(file) if file else {}
     how = LIKE_TRANSFORMERS | {
         "lowercase": False, "pairs": False, "max_tokens": limits.get("model_max_length"),
         "keep": "tail" if limits.get("truncation_side") == "left" else "head"}
     how |= config.get("finetune_cls", {})  # which those of others lack
-    for name in {"text_column", "text_pair_column"} & globals()["_given"]:
-        how.pop(name, None)
     n = 1 + how["pairs"]  # texts that go together
+    given = how.keys() & globals()["_given"]
+    fixed = given - {"text_column", "text_pair_column", "label_column"}
+    other = [f"{key}={how[key]}" for key in sorted(fixed) if how[key] != globals()[key]]
+    if other and "finetune_cls" in config:  # one of others says nothing of most of these
+        raise ValueError(f"{init_from} was trained with {', '.join(other)}: leave such settings out")
+    how = {key: value for key, value in how.items() if key not in given}
     globals().update(how, epochs=0)
     net, tokenizer = load(init_from, names, env)
     if "finetune_cls" not in config:  # without one transformers reads a row's last token
@@ -541,7 +547,8 @@ def main():
     splits = read_splits()
     names, pairs = class_names(splits["train"]), len(splits["train"][0].text) == 2
     own = read_config(base)[1]
-    if names == [str(number) for number in range(len(own))]:  # numbers of its classes
+    numbers = [str(number) for number in range(len(own))]
+    if names == numbers and not set(numbers) & set(own):  # labels that count the base's classes
         by_number = dict(zip(names, own))
         splits = {name: [example._replace(label=by_number.get(example.label, example.label))
                          for example in split] for name, split in splits.items()}
@@ -549,7 +556,13 @@ def main():
     net, tokenizer = load(base, names, env)
     gpt = net.gpt
     T = min(max_tokens or gpt.config.block_size, gpt.config.block_size)
-    targets = {name: class_numbers(splits[name], names) for name in ("train", "dev")}
+    if checkpoint and (
+            make_config(GPTConfig, checkpoint["config"] | {"dropout": dropout}, out) != gpt.config
+            or from_json(checkpoint["tokenizer"]).definition() != tokenizer.definition()):
+        raise ValueError(f"{checkpoint['path']} was begun from another model than {base} is now; "
+                         "bring that back, or begin anew with another --out_dir")
+    targets = {name: class_numbers(split, names) for name, split in splits.items()
+               if split[0].label is not None}
     rows = {}
     for name, split in splits.items():
         rows[name], note = encode(split, tokenizer, T)

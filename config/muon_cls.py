@@ -3,8 +3,8 @@ file first, then sets its own. For a table of your own:
 
     python finetune_cls.py config/muon_cls.py --train_file=mine.csv
 
-Few values were compared, on tenths of the training sets: docs/benchmarks.md has the figures. The
-base model: python train.py config/pretrain_imdb.py.
+Few values were compared, on held-out tenths of the training sets: docs/benchmarks.md has the
+figures. The base model: python train.py config/pretrain_imdb.py.
 """
 
 init_from = "out/pretrain_imdb"

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import signal
 from functools import partial
 from importlib import import_module
@@ -192,7 +193,7 @@ def test_mean_pooling_reads_the_mean_of_transformers_hidden_states(base, tmp_pat
 
 
 @pytest.mark.parametrize("names", [["LABEL_0", "LABEL_1"], ["bad", "so so", "good"]])
-def test_a_classifier_from_elsewhere_predicts_and_keeps_its_names(base, tmp_path, names, capsys):
+def test_a_classifier_from_elsewhere_predicts_and_keeps_its_names(base, tmp_path, names, capsys, monkeypatch):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     labels = {} if len(names) == 2 else {"id2label": dict(enumerate(names)),
@@ -207,6 +208,15 @@ def test_a_classifier_from_elsewhere_predicts_and_keeps_its_names(base, tmp_path
     start(f"--init_from={tmp_path}/theirs", "--predict", "one text", "another")
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{s['label']}  {s['score']:.3f}  {t}" for s, t in zip(said, ["one text", "another"])]
+    start(f"--init_from={tmp_path}/theirs", "--lowercase", "--predict", "One TEXT")
+    assert capsys.readouterr().out.startswith(lines[0].removesuffix("one text"))
+    repo = tmp_path / "hub" / "models--some--classifier"  # as a download leaves it
+    shutil.copytree(tmp_path / "theirs", repo / "snapshots" / ("a" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    start("--init_from=some/classifier", "--predict", "one text", "another")
+    assert capsys.readouterr().out.splitlines() == lines
     if len(names) == 3:  # the numbers of a table are its classes
         for split in SPLITS:
             rows = [{"text": f"text {i} {'abc'[i % 3]}", "label": i % 3} for i in range(30)]
@@ -251,7 +261,8 @@ def test_a_padded_batch_has_the_logits_of_each_row_alone(base):
                                   ["--mode=last_layer", "--dropout=0.1"],
                                   ["--mode=lora", "--optimizer=muon", *CLOZE[False]]])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(base, tmp_path, argv, monkeypatch, capsys):
-    argv = [*argv, "--epochs=2", "--log_interval=1"]
+    argv = [*argv, "--epochs=2", "--log_interval=1", f"--data_dir={base}"]
+    base = Path(shutil.copytree(base, tmp_path / "base"))
     whole = run_script(base, tmp_path / "whole", *argv)
     update, updates = Device.update, []
 
@@ -265,10 +276,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(base, tmp_path, argv, monke
     assert run_script(base, tmp_path / "parts", *argv) is None
     assert "stopped by SIGTERM at step 9; go on with: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="with batch_size=16, not 8"):
-        run_script("resume", tmp_path / "parts", *argv, f"--data_dir={base}", "--batch_size=8")
+        run_script("resume", tmp_path / "parts", *argv, "--batch_size=8")
     with pytest.raises(ValueError, match="was trained on other data than"):
-        run_script("resume", tmp_path / "parts", *argv, f"--data_dir={base}", "--dev_file=test.csv")
-    parts = run_script("resume", tmp_path / "parts", *argv, f"--data_dir={base}")
+        run_script("resume", tmp_path / "parts", *argv, "--dev_file=test.csv")
+    for name, change in (("config.json", ('"n_head": 2', '"n_head": 4')),
+                         ("tokenizer.json", ('"a": 64, "b": 65', '"b": 64, "a": 65'))):
+        text = (base / "best" / name).read_text()
+        assert change[0] in text
+        (base / "best" / name).write_text(text.replace(*change))
+        with pytest.raises(ValueError, match="was begun from another model than .*base is now"):
+            run_script("resume", tmp_path / "parts", *argv)
+        (base / "best" / name).write_text(text)
+    parts = run_script("resume", tmp_path / "parts", *argv)
     check_equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     timed = ("seconds", "texts_per_s", "settings")
     assert {key: parts[key] for key in parts if key not in timed} == {
@@ -355,6 +374,33 @@ def test_a_trained_head_is_kept_where_the_classes_are_its_own(base, tmp_path, ca
     for folder, argv, word in ((tmp_path / "one", order, "'good'"), (base, [], "'bad'")):
         with pytest.raises(ValueError, match=rf"no linear layer .* \[{word}, .* and epochs=0"):
             run_script(folder, tmp_path / "none", f"--data_dir={base}", *argv, "--epochs=0")
+
+
+def test_classes_whose_names_are_numbers_are_not_counted(base, tmp_path):
+    """A table's 0 and 1 are the first and second class only where the classes have other names."""
+    for name, labels in (("stars", "123"), ("other", "012")):
+        (tmp_path / name).mkdir()
+        for split in SPLITS:
+            write(tmp_path / name / f"{split}.csv", [
+                {"text": f"x {'abc'[i % 3]}", "label": labels[i % 3]} for i in range(24)])
+    run_script(base, tmp_path / "run", f"--data_dir={tmp_path}/stars", "--epochs=2")
+    with pytest.raises(ValueError, match=r"no linear layer for the classes \['0', '1', '2'\]"):
+        run_script(tmp_path / "run", tmp_path / "none", f"--data_dir={tmp_path}/other", "--epochs=0")
+
+
+def test_a_trained_run_reads_its_own_columns_its_own_way(base, tmp_path, capsys):
+    rows = [{"review": f"x {'ab'[i % 2]}", "stars": i % 2, "label": "none"} for i in range(24)]
+    write(tmp_path / "t.csv", rows)
+    argv = ["--text_column=review", "--label_column=stars", "--test_file="]
+    run_script(base, tmp_path / "run", f"--data_dir={tmp_path}", *argv, "--train_file=t.csv", "--dev_file=t.csv",
+               "--epochs=1", "--max_tokens=9")
+    capsys.readouterr()
+    start(f"--init_from={tmp_path}/run", f"--predict_file={tmp_path}/t.csv")
+    assert "predictions_of_t.csv: accuracy" in capsys.readouterr().out
+    write(tmp_path / "u.csv", [{"words": "x a"}])
+    start(f"--init_from={tmp_path}/run", f"--predict_file={tmp_path}/u.csv", "--text_column=words", "--max_tokens=9")
+    with pytest.raises(ValueError, match="was trained with max_tokens=9: leave such settings out"):
+        start(f"--init_from={tmp_path}/run", "--predict", "x", "--max_tokens=5")
 
 
 def test_the_tensors_of_a_classifier_are_those_of_its_config(base, tmp_path, capsys):
@@ -530,7 +576,7 @@ def hub(monkeypatch, splits):
     return asked
 
 
-def test_from_the_hub(base, tmp_path, monkeypatch):
+def test_from_the_hub(base, tmp_path, monkeypatch, capsys):
     train = [{"text": f"x {'ab'[i % 2]}", "label": i % 2} for i in range(40)]
     asked = hub(monkeypatch, {"train": train, "test": [{"text": "y", "label": -1}] * 3,
                               "unsupervised": []})
@@ -539,8 +585,12 @@ def test_from_the_hub(base, tmp_path, monkeypatch):
     assert asked == [("some/set", "part")] and splits["test"][0].label is None
     dev, train = ({example.id for example in splits[name]} for name in ("dev", "train"))
     assert len(dev) == 4 and len(train) == 36 and not dev & train
+    assert "not-here.csv: not here; some/set:part is read from the hub" in capsys.readouterr().err
     settings("--dataset=some/set:part", "--seed=2")
     assert {example.id for example in script.read_splits()["dev"]} != dev
+    settings("--dataset=some/set:part", "--train_file=not-here.csv", f"--test_file={base}/test.csv")
+    with pytest.raises(OSError, match="not-here"):  # a file that is here is read, never the hub's instead
+        script.read_splits()
 
 
 @pytest.mark.parametrize(("config", "folder", "counts"), [
@@ -632,6 +682,8 @@ GOOD = [{"text": f"x {'ab'[i % 2]}", "label": i % 2} for i in range(8)]
     ({"train": [*GOOD, {"text": "x", "label": ""}]}, [], "row 9 of .* has the label '' in the columns"),
     ({"train": [{"text": "x"}]}, [], "no column label or sentiment; its columns are text: .* --label_column"),
     ({"test": [{"text": "x", "label": "1"}, {"text": "x", "label": ""}]}, [], "row 2 .*the label ''"),
+    ({"test": [{"text": "x", "label": "7"}]}, [], r"row 1 of \S+test.csv has the label '7'"),
+    ({}, ["--init_from=auto"], r"no run in .* to go on with: name the model"),
     ({}, ["--mode=head"], "full, last_layer"), ({}, ["--style=tail"], "style must be head or"),
     ({}, ["--batch_size=0"], "batch_size must"), ({}, ["--keep=all"], "keep must"),
     ({}, ["--word_dropout=1"], r"word_dropout must be in \[0, 1\)"),
@@ -645,7 +697,7 @@ def test_mistakes_are_one_line(base, tmp_path, changes, argv, word):
     files = [put(tmp_path, name, rows) for name, rows in tables.items()]
     with pytest.raises((ValueError, OSError), match=word) as e:
         start(f"--init_from={base}", f"--out_dir={tmp_path}", *files, *argv)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and not (tmp_path / "best").exists()  # nothing was trained
 
 
 def test_files_that_cannot_be_read(tmp_path):
