@@ -226,7 +226,7 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type) -> dict | No
         check_settings(checkpoint["path"], settings_of(checkpoint), settings, fixed,
                        checkpoint.get("command"))
         return checkpoint
-    if init_from == "auto" and "base" in fields:
+    if init_from == "auto" and "windows" not in fields:  # only train.py has a network of its own
         raise ValueError(f"there is no run in {out} to go on with: name the model that a new one "
                          "begins with, --init_from=MODEL")
     if init_from == "auto":

@@ -15,16 +15,18 @@ from typing import NamedTuple
 from matplotlib.ticker import EngFormatter
 
 from configurator import run as run_script
+from data import digest
 from files import read_json
 from hf import load_torch
 from run import Metrics, figure
+from tokenizer import from_json
 
 png = "out/compare.png"  # losses over tokens and over minutes
 
 # Settings that do not change what is learned, and those by which losses are of other text.
 IGNORED = ("out_dir", "overwrite", "verify", "log_interval", "sample_tokens", "wandb_project",
            "tensorboard", "keep_checkpoints", "eval_only", "predict", "predict_file", "seed")
-OF_THE_TEXT = {"dataset", "eval_tokens", "data", "train_file", "dev_file", "data_dir"}
+OF_THE_TEXT = {"dataset", "eval_tokens", "data", "train_file", "dev_file", "data_dir", "tokenizer"}
 
 
 class Group(NamedTuple):
@@ -56,13 +58,18 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
         settings = checkpoint.get("settings", {})
         if settings.get("init_from") in ("resume", "auto"):  # what it began with is what counts
             settings["init_from"] = checkpoint.get("base", "scratch")
+        if isinstance(known := checkpoint.get("tokenizer"), str):
+            tokenizer = from_json(known)
+            settings["tokenizer"] = f"{tokenizer.name} {digest(tokenizer.definition())[:6]}"
     elif (file := part / "results.json").is_file():
         settings = read_json(file).get("settings", {})
     return {name: value for name, value in settings.items() if name not in IGNORED}, rows
 
 
 def read_groups(folders) -> list[Group]:
-    """The runs in groups, named by the last part of their path where that tells them apart."""
+    """The runs in groups, each once, named by the last part of their path where that tells them
+    apart."""
+    folders = [*{Path(folder).resolve(): folder for folder in folders}.values()]
     groups, short = {}, [Path(folder).resolve().name for folder in folders]
     for name, folder in zip(short if len({*short}) == len(short) else folders, folders):
         settings, rows = read_run(Path(folder))
@@ -139,6 +146,9 @@ def main(*folders):
         labels = ["setting", *(group.label for group in known)]
         print(table([dict(zip(labels, [name, *other[name]])) for name in other]), end="\n\n")
     print(table([measures(group) for group in groups]))
+    for group in groups:
+        if len(ends := {*group.each("step", max)}) > 1:
+            print(f"note: the runs of {group.label} end at {min(ends):,} to {max(ends):,} steps")
     if OF_THE_TEXT & other.keys():
         print("note: the losses are of different text")
     draw(groups)

@@ -197,8 +197,8 @@ def stream_text(model: GPT, tokenizer, idx, *args, before=(), **options):
     """Yields (text, tokens so far) of `model.stream` for one prompt idx (1, T), as it comes; bytes
     that are not yet a whole character wait. The stop token is not part of the text. before: the ids
     that stand before it, as far as they are shown."""
-    ids, start = list(before), max(0, len(before) - 1)  # ids[:start] are done with
-    shown = tokenizer.decode(ids[start:])  # of the others
+    ids, start = list(before), 0  # ids[:start] are done with
+    shown = tokenizer.decode(ids)  # of the others
     for count, token in enumerate(model.stream(idx, *args, **options), 1):
         if token.item() in tokenizer.stop_ids:
             break
@@ -208,7 +208,9 @@ def stream_text(model: GPT, tokenizer, idx, *args, before=(), **options):
             yield "", count
             continue
         yield text[len(shown):], count
-        start, shown = max(start, len(ids) - 1), tokenizer.decode(ids[-1:])
+        shown, last = text, tokenizer.decode(ids[-1:])
+        if "\ufffd" not in last:  # else it is a part of a character, with those before it
+            start, shown = len(ids) - 1, last
     yield tokenizer.decode(ids[start:])[len(shown):], count
 
 
@@ -261,8 +263,9 @@ def beam_search(model: GPT, idx, max_new_tokens: int, num_beams: int, length_pen
     for pos in range(T, end):
         length, last = pos + 1 - T, pos == end - 1
         total = F.log_softmax(logits.float(), -1).view(B, num_beams, V) + scores[:, :, None]
-        # twice as many candidates as beams: enough to go on with if all the best ones end
-        top, flat = total.flatten(1).topk(2 * num_beams)
+        # so many candidates that there are enough to go on with if all the best ones end
+        count = min(max(2, 1 + len(stop)) * num_beams, num_beams * V)
+        top, flat = total.flatten(1).topk(count)
         parent, token = flat // V, flat % V
         candidates = sequences.take_along_dim(parent[:, :, None], 1)
         candidates[:, :, pos] = token

@@ -13,6 +13,7 @@ alone, in PEFT's format. Losses are nats per token of the answers, end-of-text i
 
 import json
 import math
+import re
 import shlex
 import shutil
 from collections import Counter
@@ -153,32 +154,35 @@ def split(records) -> list[list[int]]:
 def read_template() -> str:
     """The template's text; ValueError for one without its slots."""
     form = ALPACA if template is None else read_text(template).rstrip()
-    if "{instruction}" not in form or "{input}" not in form or not form.endswith("{output}"):
-        raise ValueError(f"template {template} must have the slots {{instruction}} and {{input}} "
-                         "and end with {output}")
+    slots = set(re.findall(r"\{\w+\}", form))
+    if slots != {"{instruction}", "{input}", "{output}"} or not form.endswith("{output}"):
+        raise ValueError(f"template {template} must have the slots {{instruction}} and {{input}}, "
+                         f"no other, and end with {{output}}; it has {', '.join(sorted(slots))}")
     return form
 
 
-def encode(records, tokenizer, form: str, T: int) -> tuple[list[tuple], int]:
-    """([(prompt ids, answer ids with end-of-text)], prompts cut). A prompt too long for a context
-    of T loses the end of its input (of the instruction, where there is none)."""
+def encode(records, tokenizer, form: str, T: int) -> tuple[list[dict], list[tuple], int]:
+    """(records whose answers fit a context of T, [(prompt ids, answer ids with end-of-text)] of
+    these, prompts cut). A prompt too long beside its answer loses the end of its input (of the
+    instruction, where there is none)."""
     if tokenizer.eos_id is None:
         raise ValueError(f"the {tokenizer.name} tokenizer has no end-of-text to close answers with")
-    rows, cuts = [], 0
-    for number, record in enumerate(records, 1):
+    kept, rows, cuts = [], [], 0
+    for record in records:
         instruction = record["instruction"]
         try:
             answer = [*tokenizer.encode(record["output"], whole=False).tolist(),
                       tokenizer.eos_id]
-            if len(answer) > T:  # the last id is predicted, never read: one of a prompt fits
-                raise ValueError(f"its answer of {len(answer)} tokens exceeds the context of {T}")
-            limit = T + 1 - len(answer)
+            limit = T + 1 - len(answer)  # of the prompt: the last id is predicted, never read
+            if limit < 1:
+                continue
             prompt, cut = prompt_ids(tokenizer, form, instruction, record["input"], limit)
         except ValueError as e:
-            raise ValueError(f"record {number} of {data} ({instruction!r:.40}): {e}") from None
+            raise ValueError(f"record {instruction!r:.40} of {data}: {e}") from None
+        kept.append(record)
         rows.append((prompt, answer))
         cuts += cut
-    return rows, cuts
+    return kept, rows, cuts
 
 
 # ---- batches and losses ----
@@ -256,12 +260,9 @@ def evaluate(net, rows, env) -> float:
     return env.sum(total)[0] / sum(len(answer) for _, answer in rows)
 
 
-def answers(gpt: GPT, tokenizer, form: str, records) -> list[str]:
-    """Greedy answers to records, in left-padded batches with the KV cache."""
-    T, texts = gpt.config.block_size, []
-    limit = max(T // 2, T - max_new_tokens)  # of a prompt
-    prompts = [prompt_ids(tokenizer, form, record["instruction"], record["input"], limit)[0]
-               for record in records]
+def answers(gpt: GPT, tokenizer, prompts: list[list[int]]) -> list[str]:
+    """Greedy answers to prompts, in left-padded batches with the KV cache."""
+    texts = []
     stop_ids = [*{tokenizer.eos_id, *tokenizer.stop_ids}]
     batches = range(0, len(prompts), 32)
     for start in tqdm(batches, "answers", unit=" batches", delay=2, leave=False, disable=None):
@@ -296,6 +297,9 @@ def main():
     # ---- the model, resumed or pretrained ----
     if checkpoint is not None:
         form, base = checkpoint["template"], checkpoint["base"]
+        if template and Path(template).is_file() and read_template() != form:
+            raise ValueError(f"{checkpoint['path']} was trained with another text than {template} "
+                             "has now; bring that back, or give another --out_dir")
         raw_model, tokenizer = saved_model(checkpoint, dropout)
     else:
         form, folder = read_template(), local_folder(init_from)
@@ -315,7 +319,11 @@ def main():
     records = read_records(data, env.say)
     known = digest(records)
     check_data(checkpoint, known, data)
-    rows, cuts = encode(records, tokenizer, form, T)
+    found = len(records)
+    records, rows, cuts = encode(records, tokenizer, form, T)
+    if len(records) < found:
+        env.say(f"{found - len(records):,} of {found:,} records left out, whose answers exceed the "
+                f"context of {T}")
     numbers = split(records)
     train, dev, test = ([rows[i] for i in part] for part in numbers)
     if train_on_all:  # then only the first token is given
@@ -374,12 +382,12 @@ def main():
 
     # ---- the best model on the test split ----
     env.sum(0)  # it is on disk
-    best = env.place(GPT.from_pretrained(out / "best"))
+    best = env.place(load_model(out / "best")[0])
     loss = evaluate(AnswerLoss(best), test, env)
     if env.rank == 0:
         asked = [records[i] for i in numbers[2]]
         references = [record["output"] for record in asked]
-        texts = answers(prepare(best), tokenizer, form, asked)
+        texts = answers(prepare(best), tokenizer, [prompt for prompt, _ in test])
         answered = [record | {"answer": text} for record, text in zip(asked, texts)]
         write_text(out / "answers.jsonl", "".join(f"{json.dumps(row)}\n" for row in answered))
         bits = loss / math.log(2) * sum(len(answer) for _, answer in test)

@@ -64,6 +64,8 @@ class Run:
         self.folder = out / "new" if checkpoint is None else out  # until the first save
         self.begin_logging(settings, checkpoint or {})
         self.command = (checkpoint or {}).get("command") or command_line()  # by which it was begun
+        if checkpoint is not None:  # which model the run was begun from
+            settings = settings | {"init_from": checkpoint["settings"].get("init_from")}
         self.settings, self.max_steps, self.eval_interval = settings, max_steps, eval_interval
         self.flops, self.parameters = flops, [*model.parameters()]
         warmup = round(settings.get("warmup_fraction", 0.1) * max_steps)

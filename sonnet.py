@@ -173,8 +173,12 @@ def continue_rows(model: GPT, tok, rows, generator, temperature=1.0, top_p=None,
         steps = pad_sequence(found, padding_value=tok.eos_id)  # (n, B), as the stream gives them
     else:
         steps = model.stream(idx, n, temperature, top_k, top_p, tok.eos_id, generator, mask)
-    breaks = [token.count(b"\n") for token in tok.tokens]
-    lines = [sum(breaks[i] for i in row) for row in rows]
+    breaks = [b"\n" in token for token in tok.tokens]
+
+    def finished_lines(ids) -> int:  # blank ones do not count
+        return sum(bool(line.strip()) for line in tok.decode(ids).split("\n")[:-1])
+
+    lines = [finished_lines(row) for row in rows]
     new, open_rows = [[] for _ in rows], range(len(rows))
     steps = iter(tqdm(steps, "poems", n, unit=" tokens of each", delay=2, leave=False,
                       disable=None))
@@ -182,7 +186,8 @@ def continue_rows(model: GPT, tok, rows, generator, temperature=1.0, top_p=None,
         for tokens in torch.stack(read).tolist():
             for i in open_rows:
                 new[i].append(tokens[i])
-                lines[i] += breaks[tokens[i]]
+                if breaks[tokens[i]]:
+                    lines[i] = finished_lines(rows[i] + new[i])
             open_rows = [i for i in open_rows if tokens[i] != tok.eos_id and lines[i] < LINES]
     return new
 
@@ -361,7 +366,7 @@ def main():
     dev_bpb = bits / sum(len(poem.encode()) for poem in gold.values())
     env.say(f"the model of epoch {epoch}, with the lowest dev loss, {dev_loss:.4f}, is in "
             f"{out / 'best'}; it finishes the poems")
-    model = prepare(GPT.from_pretrained(run.folder / "best").to(env.device))
+    model = prepare(load_model(run.folder / "best")[0].to(env.device))
     grams = {gram for poem in poems.values() for gram in ngrams(words(poem), 5)}
     measured = partial(measure, prompts=prompts, gold=gold, known=grams)
     asked, tried = {"temperature": temperature, "top_p": top_p, "top_k": top_k}, {}

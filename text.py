@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -383,6 +384,8 @@ def instruction_record(row) -> dict:
     """The row of a table as {instruction, input, output}, stripped; the answer may be empty. It has
     such FIELDS, numbers as text, or is a chat of one question and one answer, whose system prompt
     goes before the question. ValueError says what else it has."""
+    row = {name: None if isinstance(value, float) and math.isnan(value) else value
+           for name, value in row.items()}  # NaN is pandas' empty cell
     turns = row.get("messages") or row.get("conversations")
     if turns:
         said = [(turn.get("role") or turn.get("from"),
@@ -391,19 +394,24 @@ def instruction_record(row) -> dict:
         if roles not in ("user assistant", "system user assistant"):
             raise ValueError(f"a chat of {len(said)} turns ({roles})")
         *system, question, answer = [text for _, text in said]
-        row = {"instruction": question and "\n\n".join([*system, question]), "output": answer}
-    elif isinstance(row.get("system"), str) and isinstance(row.get("instruction"), str):
-        row = row | {"instruction": "\n\n".join(filter(None, [row["system"], row["instruction"]]))}
+        system.insert(0, row.get("system") or row.get("system_prompt") or "")
+        row = {"system": "\n\n".join(filter(None, system)), "instruction": question,
+               "output": answer}
+    elif row.get("history"):
+        raise ValueError(f"a history of {len(row['history'])} earlier turns")
     record = {}
     for field, names in FIELDS.items():
         found = {name: row[name] for name in names
                  if row.get(name) or type(row.get(name)) in (int, float)}  # 0 is an answer
-        if len(found) > 1 and field not in found:
+        if len(found) > 1 and (field != "instruction" or field not in found):
             raise ValueError(f"both {' and '.join(found)}")
         value = next(iter(found.values()), "")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         record[field] = value.strip() if isinstance(value, str) else None
+    system = row.get("system") or row.get("system_prompt")
+    if isinstance(system, str) and record["instruction"]:
+        record["instruction"] = f"{system.strip()}\n\n{record['instruction']}".strip()
     named = any(name in row for name in FIELDS["output"])
     if not named or not record["instruction"] or None in record.values():
         fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items())

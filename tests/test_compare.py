@@ -8,6 +8,7 @@ import torch
 from conftest import python
 
 from files import HERE
+from tokenizer import open_tokenizer
 
 
 @pytest.fixture
@@ -41,6 +42,18 @@ def test_seeds_are_one_line(write, tmp_path):
     assert last.split() == ["other", "1", "2", "128", "0.2", "val", "3.0000", "3.0000", "1,000"]
     assert "bits per byte" not in head and "accuracy" not in head  # which none of them has
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG") and "c.png" in curves
+
+
+def test_what_cannot_be_compared_is_said(write, tmp_path):
+    """Runs of one setting that end at other steps, losses of other tokens; the same folder twice is one run."""
+    short, long = write("a", [3.0, 2.0], seed=1), write("b", [3.0, 2.0, 1.0], seed=2)
+    lines = compare(short, f"{short}/", long, f"--png={tmp_path / 'c.png'}")
+    assert lines[1].split()[3] == "2" and lines[2] == "note: the runs of a … b end at 2 to 3 steps"
+    for folder, name in ((short, "bytes"), (long, "weights")):
+        checkpoint = torch.load(folder / "ckpt.pt") | {"tokenizer": open_tokenizer(name).to_json()}
+        torch.save(checkpoint, folder / "ckpt.pt")
+    lines = compare(short, long, f"--png={tmp_path / 'c.png'}")
+    assert lines[1].split()[:2] == ["tokenizer", "bytes"] and "different text" in lines[-2]
 
 
 def test_runs_without_checkpoint_or_validation(write, tmp_path):

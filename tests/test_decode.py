@@ -27,7 +27,7 @@ from lora import adapted, add_lora
 from model import GPT, Attention, GPTConfig
 from ops import accelerate
 from test_model import ids, randomise, tiny, tiny_hf
-from tokenizer import open_tokenizer, train_bpe
+from tokenizer import from_json, open_tokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 DEFAULTS = {module: {name: default for name, (default, _, _) in find_settings(vars(module)).items()}
@@ -58,6 +58,23 @@ def test_beam_search_equals_transformers(tmp_path, num_beams, length_penalty, en
     assert sequences.tolist() == found.sequences.tolist()
     if num_beams > 1:
         assert (scores - found.sequences_scores).abs().max() < 1e-4
+
+
+def test_beams_of_several_end_tokens_equal_transformers(tmp_path):
+    """A beam may have as many candidates that end as there are such tokens."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        theirs = tiny_hf(vocab_size=6, n_embd=8, n_head=2, n_positions=16)
+        theirs.save_pretrained(tmp_path)
+        model, x = GPT.from_pretrained(tmp_path), torch.randint(3, 6, (2, 3))
+        for penalty in (0.0, 2.0):
+            found = theirs.generate(
+                x, attention_mask=torch.ones_like(x), max_new_tokens=6, num_beams=3, do_sample=False,
+                length_penalty=penalty, early_stopping=False, eos_token_id=[0, 1, 2], pad_token_id=0,
+                return_dict_in_generate=True, output_scores=True)
+            sequences, scores = beam_search(model, x, 6, 3, penalty, [0, 1, 2])
+            assert sequences.tolist() == found.sequences.tolist()
+            assert (scores - found.sequences_scores).abs().max() < 1e-4
 
 
 def test_beams_over_everything_are_exhaustive_search():
@@ -219,6 +236,20 @@ def test_streamed_text_is_the_generated_text():
     assert pieces[-1][1] == len(row)
     accents = [i for word in ("é", "😀") for i in word.encode()]
     assert "".join(p for p, _ in stream_text(Fixed(accents), tok, x, 6)) == "é😀"
+
+
+def test_streamed_bytes_of_a_foreign_tokenizer():
+    """Whose decoder makes U+FFFD of each byte of an unfinished character."""
+    from tokenizers import Tokenizer, decoders, models
+    names = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), *"helo "]
+    library = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True,
+                                   unk_token="<unk>"))
+    library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tok = from_json(library.to_str())
+    for text in ("hello 😀\n", "日本語 🎉🎉\n\nhe", "é"):
+        before, tokens = tok.encode("é he").tolist(), tok.encode(text).tolist()
+        pieces = [piece for piece, _ in stream_text(Fixed(tokens), tok, None, before=before)]
+        assert "".join(pieces) == text and len(tokens) > 1
 
 
 class Fixed:

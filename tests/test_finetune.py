@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -318,6 +319,10 @@ OF = [  # what people bring, and the record that it is
     ({"instruction": "a", "context": "c", "response": "b", "category": "qa"}, ("a", "c", "b")),
     ({"instruction": "a", "output": 3, "prompt": "Below is a"}, ("a", "", "3")),
     ({"instruction": "a", "input": 2.5, "output": 0}, ("a", "2.5", "0")),
+    ({"instruction": "a", "input": float("nan"), "output": "b"}, ("a", "", "b")),
+    ({"system": "s ", "prompt": "a", "response": "b"}, ("s\n\na", "", "b")),
+    ({"system_prompt": "s", "instruction": "a", "output": "b"}, ("s\n\na", "", "b")),
+    ({"system": "s", "conversations": turns("a", "b", names=("from", "value"))}, ("s\n\na", "", "b")),
     ({"messages": turns("a", "b")}, ("a", "", "b")), ({"messages": turns("s", "a", "b", roles=SYSTEM)}, ("s\n\na", "", "b")),
     ({"conversations": turns("a", "b", roles=("human", "gpt"), names=("from", "value")), "id": 7}, ("a", "", "b"))]
 
@@ -340,6 +345,8 @@ def test_instructions_by_other_names(tmp_path, row, want, suffix):
     ({"messages": turns("a", "b", "c", "d")}, r"a chat of 4 turns \(user assistant user assistant\);"),
     ({"messages": turns("a", "b", roles=("user", "tool"))}, r"a chat of 2 turns \(user tool\);"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "b"}]}, "record 2"),
+    ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "a history of 1 earlier turns;"),
+    ({"instruction": "a", "input": "b", "context": "c", "output": "d"}, "both input and context;"),
     ({"messages": "a"}, "record 2"), ({"prompt": "a", "completion": "b", "response": "c"}, "both completion and response;")])
 def test_what_is_no_instruction_is_refused(tmp_path, row, word):
     file = write_records(tmp_path / "r.json", [{"instruction": "a", "output": "b"}, row])
@@ -400,10 +407,10 @@ def test_special_tokens_of_a_template():
 
 def test_templates_that_are_none(tmp_path, monkeypatch):
     for text in ("{input} {output}", "{instruction} {output}", "{instruction} {input}",
-                 "{instruction} {input} {output} end"):
+                 "{instruction} {input} {output} end", "{system} {instruction} {input} {output}"):
         (tmp_path / "t").write_text(text)
         monkeypatch.setattr(script, "template", str(tmp_path / "t"))
-        with pytest.raises(ValueError, match=r"t must have .* \{input\} and end with \{output\}"):
+        with pytest.raises(ValueError, match=r"t must have .* \{input\}, no other, and end with \{output\}"):
             script.read_template()
     (tmp_path / "t").write_text("{instruction}|{input}|{output}\n", "utf-8-sig")
     assert script.read_template() == "{instruction}|{input}|{output}"
@@ -419,7 +426,7 @@ def test_long_prompts_lose_the_end_of_their_input():
                {"instruction": "copy much", "input": "", "output": "xyz"}]
 
     def texts(T):
-        rows, cuts = script.encode(records, tok, form, T)
+        _, rows, cuts = script.encode(records, tok, form, T)
         for prompt, answer in rows:
             assert len(prompt) + len(answer) - 1 <= T and answer == [*b"xyz", 255]
         return [bytes(prompt) for prompt, _ in rows], cuts
@@ -429,11 +436,12 @@ def test_long_prompts_lose_the_end_of_their_input():
     assert texts(27) == ([b"I: copy\n\nIn: abcdefg\n\nA:", full[1]], 1)
     assert texts(17) == ([b"I: copy\n\nI\n\nA:", b"I: copy mu\n\nA:"], 2)
     assert texts(5) == ([b"A:", b"A:"], 2)
-    with pytest.raises(ValueError, match=r"record 1 .*4 tokens.* context of 3"):
-        script.encode(records, tok, form, 3)
+    longer = records[1] | {"output": "xyzxyz"}
+    assert script.encode([records[0], longer], tok, form, 5)[:2] == (
+        records[:1], [([*b"A:"], [*b"xyz", 255])])  # whose answer does not fit is left out
     with pytest.raises(ValueError, match="no end-of-text"):
         script.encode(records, char_tokenizer("abc"), form, 40)
-    with pytest.raises(ValueError, match="record 1 .*alphabet"):
+    with pytest.raises(ValueError, match="record 'copy' .*alphabet"):
         script.encode(records, char_tokenizer(["abc"], "c"), form, 40)
 
 
@@ -514,10 +522,8 @@ def test_answers_of_a_batch_are_those_of_each_alone(monkeypatch):
     monkeypatch.setattr(script, "max_new_tokens", 9)
     tok = char_tokenizer(["abcdefgh"], "h")
     model = tiny(3, vocab_size=8, tie_word_embeddings=False)
-    form, records = "{instruction}{input}{output}", []
-    for text in ("bcd", "e", "aafgbcdd", "gb"):
-        records.append({"instruction": text, "input": ""})
-    together = script.answers(model, tok, form, records)
+    records = [{"instruction": text} for text in ("bcd", "e", "aafgbcdd", "gb")]
+    together = script.answers(model, tok, [tok.encode(record["instruction"]).tolist() for record in records])
     alone = []
     for record in records:
         prompt = tok.encode(record["instruction"])
@@ -583,8 +589,7 @@ def test_every_mode_learns_to_answer(base, tmp_path, capsys, monkeypatch, mode, 
     assert form == "{instruction}\n\n{input}\n\n>{output}\n"
     model, tok = load_model(str(tmp_path))  # as sample.py does
     prompt = tok.encode("say\n\nf3n\n\n>").tolist()
-    asked = {"instruction": "say", "input": "f3n"}
-    assert script.answers(model, tok, form.rstrip(), [asked]) == ["no"]
+    assert script.answers(model, tok, [prompt]) == ["no"]
     if mode == "full":
         for argv, typed in ((["--instruct=say", "--instruct_input=f3n"], ""),
                             (["--instruct_input=f3n", "--interactive"], "say\n")):
@@ -637,6 +642,7 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
     whole, cut = (load_torch(tmp_path / name / "ckpt.pt") for name in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 12 and whole["best_loss"] == cut["best_loss"]
     assert whole["before"] == cut["before"] and whole["base"] == cut["base"]
+    assert whole["settings"]["init_from"] == cut["settings"]["init_from"] == str(base)
     check_equal(whole["model"], cut["model"])
     rows, again = (untimed(tmp_path / name) for name in ("whole", "cut"))
     assert rows == again and [row["step"] for row in rows] == [0, 5, 6, 10, 12]
@@ -661,6 +667,27 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
                          ("--mode=last_blocks", f"mode={mode}")):
         with pytest.raises(ValueError, match=word):
             run_script(base, tmp_path / "cut", *options, "--init_from=resume", change)
+
+
+def test_a_resumed_run_keeps_its_template(base, tmp_path):
+    form = Path(shutil.copy(base / "template", tmp_path / "form"))
+    run_script(base, tmp_path / "run", f"--template={form}", "--epochs=1")
+    form.write_text("Do: " + form.read_text())
+    with pytest.raises(ValueError, match="was trained with another text than .*form has now"):
+        run_script("resume", tmp_path / "run", f"--template={form}", f"--data={base}/data.json", "--epochs=2")
+
+
+def test_rows_past_the_tokenizers_ids_are_never_drawn(base, tmp_path):
+    """Also by the best model, from whose folder the answers come."""
+    model, tok = load_model(base)
+    rows = torch.randn(320, 32)
+    rows[:256] = model.transformer.wte.weight.detach()
+    wide = GPT(GPTConfig(**vars(model.config) | {"vocab_size": 320}))
+    wide.load_state_dict(model.state_dict() | {"transformer.wte.weight": 9 * rows})
+    save_best(tmp_path / "wide", wide, tok)
+    run_script(tmp_path / "wide/best", tmp_path / "run", f"--template={base}/template", f"--data={base}/data.json",
+               "--epochs=1", "--learning_rate=0")
+    assert len((tmp_path / "run" / "answers.jsonl").read_text().splitlines()) == 12
 
 
 def test_no_adapters_on_adapters(base, tmp_path):
@@ -714,7 +741,7 @@ def test_two_ranks_equal_one(base, tmp_path):
     (["--batch_size=0"], "batch_size must"), (["--init_from=resume"], "to resume from"),
     (["--lora_targets=c_at"], r"attn\.c_attn"),
     (["--train_blocks=9", "--mode=last_blocks"], "1 … 2"),
-    (["--block_size=2"], "record 1 .*context of 2"), (["--block_size=99"], "32 positions"),
+    (["--block_size=2"], "too few"), (["--block_size=99"], "32 positions"),
     (["--init_from=./nothing"], "no folder"), (["--lora_rank=0"], "rank must")])
 def test_mistakes_are_one_line(base, tmp_path, argv, word):
     with pytest.raises(ValueError, match=word) as e:
@@ -733,7 +760,7 @@ def test_no_run_begins_from_what_it_overwrites(base, tmp_path):
 def test_the_loss_of_prompts_too(base, tmp_path):
     run_script(base, tmp_path, "--epochs=1", "--train_on_all")
     records = script.read_records(f"{base}/data.json")
-    rows, _ = script.encode(records, open_tokenizer("bytes"), (base / "template").read_text(), 32)
+    _, rows, _ = script.encode(records, open_tokenizer("bytes"), (base / "template").read_text(), 32)
     first = [rows[i] for i in script.split(records)[0]]
     assert rows_of(tmp_path)[-1]["tokens"] == sum(len(p) + len(a) - 1 for p, a in first)
 
@@ -748,5 +775,5 @@ def test_the_real_records():
     train, dev, test = ({(records[i]["instruction"], records[i]["input"]) for i in part}
                         for part in parts)
     assert not train & test and not train & dev and not dev & test
-    rows, cuts = script.encode(records, open_tokenizer("bytes"), script.ALPACA, 700)
+    _, rows, cuts = script.encode(records, open_tokenizer("bytes"), script.ALPACA, 700)
     assert cuts == 0 and len(rows) == 1100

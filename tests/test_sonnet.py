@@ -144,14 +144,14 @@ PROMPTS = [[4, 2, 3, 0], [4, 2, 0, 2, 2, 3, 1, 3, 0], [4, 0], [4, 3, 3, 1, 0]]
 
 def plainly(model, row, u=None) -> list[int]:
     """What follows a prompt, without cache, padding or batch; u: its uniform numbers."""
-    ids, breaks = list(row), row.count(0)
+    ids = list(row)
     for i in range(script.max_new_tokens):
         logits = model(torch.tensor([ids]))[0][:, -1]
         token = (logits.argmax(-1) if u is None else
                  draw(logits, u[i].view(1, 1), 1.3, 4, 0.95)).item()
         ids.append(token)
-        breaks += token == 0
-        if token == 4 or breaks == 14:
+        *lines, _ = CHARS.decode(ids).split("\n")
+        if token == 4 or sum(bool(line.strip()) for line in lines) == 14:
             break
     return ids[len(row):]
 
@@ -177,7 +177,8 @@ def test_a_batch_decodes_as_one_at_a_time(monkeypatch, read):
 @pytest.mark.parametrize("read", [1, 16])
 def test_decoding_stops_at_fourteen_lines(monkeypatch, read):
     monkeypatch.setattr(script, "READ", {"cpu": read})
-    model, script.max_new_tokens = tiny(5), 60
+    model = tiny(5, block_size=160)
+    monkeypatch.setattr(script, "max_new_tokens", 150)
     model.lm_head = torch.nn.Linear(16, 5).double()
     with torch.no_grad():  # whatever came before: a break, or an "a"
         model.lm_head.weight.zero_()
@@ -185,8 +186,19 @@ def test_decoding_stops_at_fourteen_lines(monkeypatch, read):
     steps, stream = [], model.stream
     model.stream = lambda *args: (steps.append(token) or token for token in stream(*args))
     for new, row in zip(script.continue_rows(model, CHARS, PROMPTS, torch.Generator()), PROMPTS):
-        assert (row + new).count(0) == 14 and new[-1] == 0
-    assert 12 < len(steps) < 60  # the batch ends when all have
+        lines = CHARS.decode(row + new).split("\n")
+        assert sum(bool(line.strip()) for line in lines) == 14 and new[-1] == 0
+    assert 12 < len(steps) < 150  # the batch ends when all have
+
+
+def test_blank_lines_do_not_count(monkeypatch):
+    monkeypatch.setattr(script, "max_new_tokens", 200)
+    model, tok = tiny(256, block_size=256), open_tokenizer("bytes")
+    told = tok.encode("".join(f"line {n},\n\n" for n in range(4, 17))).tolist()
+    model.stream = lambda idx, n, *options: (torch.tensor([token] * len(idx)) for token in told[:n])
+    row = [tok.eos_id, *b"a\nb\nc\n"]
+    new, = script.continue_rows(model, tok, [row], None)
+    assert tok.decode(new).split() == [word for n in range(4, 15) for word in ("line", f"{n},")]
 
 
 def test_beams_of_many_prompts_are_those_of_each():
