@@ -42,6 +42,7 @@ OF_THE_MOMENT = ("init_from", "out_dir", "overwrite", "device", "dtype", "compil
                  "checkpoint_activations", "bfloat16_gradients", "eval_only", "quantize",
                  "log_interval", "sample_tokens", "wandb_project", "tensorboard",
                  "keep_checkpoints", "max_skipped", "predict", "predict_file")
+NEW = ".new"  # in a run's folder: a new run until its first checkpoint or result
 NEWEST = HERE / "out" / ".newest"  # names the folder of the run that was saved last
 # What a run leaves in its folder.
 RUN_FILES = ("ckpt.pt", "ckpt-*.pt", "best", "adapter", "tensorboard", "results.json",
@@ -153,7 +154,7 @@ def check_data(checkpoint: dict | None, digest: str, name):
         path = checkpoint["path"]
         raise ValueError(f"{path} was trained on other data than {name} has now; bring that back, "
                          "or begin anew with another --out_dir and "
-                         f"--init_from={path.parent / 'best'}")
+                         f"--init_from={shlex.quote(str(path.parent))}")
 
 
 @contextmanager
@@ -231,20 +232,19 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type) -> dict | No
                          "begins with, --init_from=MODEL")
     if init_from == "auto":
         env.say(f"there is no run in {out} yet: a new one begins")
-    kinds = ("ckpt*.pt", "results.json", "best/config.json")  # what is worth keeping
-    found = sorted({path.relative_to(out).parts[0] for kind in kinds for path in out.glob(kind)})
+    found = sorted({path.name for kind in RUN_FILES for path in out.glob(kind)})
     if found and not overwrite:
-        resume = "" if resumes else "go on with it by --init_from=resume, "
+        resume = "go on with it by --init_from=resume, " if checkpoints(out) else ""
         raise ValueError(f"{out} holds a run already ({', '.join(found)}); {resume}give another "
                          "--out_dir, or write over it with --overwrite")
     return None
 
 
 def replace_run(out: Path):
-    """Puts a new run, which until its first checkpoint or result writes into OUT/new, in the place
+    """Puts a new run, which until its first checkpoint or result writes into OUT/.new, in the place
     of what an old one left in the folder. Finishes what one that was killed left to do, or removes
     what it wrote."""
-    new, whole = out / "new", out / "new.whole"
+    new, whole = out / NEW, out / f"{NEW}.whole"
     if (new / "ckpt.pt").is_file() or (new / "results.json").is_file():
         for path in [path for kind in RUN_FILES for path in out.glob(kind)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -284,7 +284,7 @@ def newest_run() -> str:
     which is said, too. ValueError if there is neither."""
     noted = NEWEST.read_text("utf-8").strip() if NEWEST.is_file() else ""
     files = {file.resolve() for file in [Path(noted, "ckpt.pt"), *Path("out").glob("**/ckpt.pt")]
-             if file.is_file() and file.parent.name not in ("new", "new.whole")}
+             if file.is_file() and file.parent.name not in (NEW, f"{NEW}.whole")}
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         run, config = file.parent, file.parent / "best" / "config.json"
         if run.is_relative_to(Path.cwd()):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from matplotlib.ticker import EngFormatter
 
+from checkpoint import NEW
 from configurator import run as run_script
 from data import digest
 from files import read_json
@@ -47,8 +48,8 @@ class Group(NamedTuple):
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
     """(settings without IGNORED, rows of metrics.jsonl) of a run; before its first checkpoint there
-    are only the rows, in OUT/new. ValueError where there is none."""
-    part = folder if (folder / "metrics.jsonl").is_file() else folder / "new"
+    are only the rows, in OUT/.new. ValueError where there is none."""
+    part = folder if (folder / "metrics.jsonl").is_file() else folder / NEW
     rows, settings = Metrics.read(part / "metrics.jsonl"), {}
     if not rows:
         raise ValueError(f"{folder} has no metrics.jsonl of a run; give the folders of runs: "

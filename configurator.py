@@ -275,7 +275,8 @@ def print_help(doc, known):
 
 def unknown(shown, name, kinds, dashes=""):
     if name in NANOGPT:
-        return error(f"{shown} is nanoGPT's; here it is {dashes}{NANOGPT[name]}")
+        here = NANOGPT[name] if NANOGPT[name].startswith("none") else dashes + NANOGPT[name]
+        return error(f"{shown} is nanoGPT's; here it is {here}")
     near = difflib.get_close_matches(name, kinds, 1)
     hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists the settings"
     return error(f"{shown}: unknown setting; {hint}")

@@ -31,6 +31,7 @@ from text import sha256
 from tokenizer import EOT, Tokenizer, open_tokenizer
 
 # The commands that prepare the data sets of the configs.
+SHARDS = ("train_[0-9]*.bin", "val_[0-9]*.bin")
 PREPARE = {"shakespeare": "prepare_text.py", "tinystories": "prepare_tinystories.py",
            "tinystories_4k": "prepare_tinystories.py --name=tinystories_4k "
                              "--tokenizer=weights/tokenizer.json --limit=20000",
@@ -46,7 +47,8 @@ def data_folder(name: str) -> Path:
     path = Path(name)
     if len(path.parts) == 2 and path.parts[0] == "data" and not path.exists():
         return HERE / path
-    if len(path.parts) == 1 and (not path.is_dir() or "/" not in name):  # a slash may end it
+    alone = len(path.parts) == 1 and not name.startswith("./")  # a slash may end it
+    if alone and (not path.is_dir() or "/" not in name):
         return HERE / "data" / path
     return path
 
@@ -74,8 +76,9 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_0
     """
     folder = data_folder(name)
     prepared = (folder / "meta.json").exists() or (folder / ".lock").exists()
-    if (folder / "tokenizer.json").exists() and not prepared:
-        raise ValueError(f"{folder}/tokenizer.json is no data set's; give another --name")
+    for pattern in () if prepared else ("tokenizer.json", *SHARDS):
+        for file in folder.glob(pattern):
+            raise ValueError(f"{file} is of no data set that was prepared here; give another --name")
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / "new.part"
     try:
@@ -92,7 +95,7 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_0
                 meta["sha256"] = digest(meta)
                 write_text(new / "tokenizer.json", tokenizer.to_json())
                 write_text(new / "meta.json", json.dumps(meta, indent=1) + "\n")
-                for pattern in ("meta.json", "train_[0-9]*.bin", "val_[0-9]*.bin"):
+                for pattern in ("meta.json", *SHARDS):
                     for file in folder.glob(pattern):
                         file.unlink()
                 for file in sorted(new.iterdir(), key=lambda file: file.name == "meta.json"):
@@ -112,7 +115,8 @@ def _write_split(folder, split, documents, tokenizer, shard_tokens, special):
     def encode(batch):
         rows = tokenizer.encode_documents([text for text, _ in batch], special)
         ids = [part for row, (_, ends) in zip(rows, batch) for part in (row, end[:ends])]
-        size = sum(len(text.encode()) for text, _ in batch)
+        texts = [tokenizer.special_pattern.sub("", text) if special else text for text, _ in batch]
+        size = sum(len(text.encode()) for text in texts)  # special tokens are no text
         for token in () if special else tokenizer.special:
             if len(token) > 1:  # a separator that is a character is part of the text
                 written[token] += sum(text.count(token) for text, _ in batch)
@@ -244,7 +248,8 @@ class Data:
                 raise ValueError(f"{self.folder} has shards of several data sets: {names}; give "
                                  "each a folder of its own")
             missing += [] if files[split] else [f"{split}.bin"]
-        if missing or (self.folder / ".lock").exists():  # a lock: ours, and not whole
+        broken = (self.folder / ".lock").exists() and not (self.folder / "train.bin").is_file()
+        if missing or broken:  # a lock beside shards with numbers: ours, and not whole
             missing = " and ".join(missing) or "shards of others"
             small = ("; or begin with a small text: python prepare_text.py, then python train.py "
                      "config/quickstart.py" if self.folder.name != "shakespeare" else "")

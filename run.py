@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import (
+    NEW,
     fitting,
     note_newest,
     replace_run,
@@ -61,7 +62,7 @@ class Run:
                  eval_interval: int, checkpoint: dict | None = None, schedule=None,
                  flops: int | None = None):
         self.env, self.out, self.model, self.optimizer = env, out, model, optimizer
-        self.folder = out / "new" if checkpoint is None else out  # until the first save
+        self.folder = out / NEW if checkpoint is None else out  # until the first save
         self.begin_logging(settings, checkpoint or {})
         self.command = (checkpoint or {}).get("command") or command_line()  # by which it was begun
         if checkpoint is not None:  # which model the run was begun from
@@ -121,7 +122,7 @@ class Run:
             except ImportError as e:
                 raise ValueError(f"tensorboard needs pip install tensorboard ({e})") from None
             self.tensorboard = SummaryWriter(self.folder / "tensorboard",
-                                             purge_step=checkpoint.get("step"))
+                                             purge_step=checkpoint.get("step", -1) + 1)
 
     def say_resumed(self, old: dict):
         self.env.say(f"resuming {self.out} at step {self.step}")
@@ -354,6 +355,9 @@ class Run:
         """With its first save the run moves into its folder, and what an old one left goes."""
         if self.folder != self.out and self.env.rank == 0:
             self.wait_written()
+            if self.tensorboard:  # which opens its file by name again
+                self.tensorboard.close()
+                self.tensorboard.log_dir = str(self.out / "tensorboard")
             replace_run(self.out)
             self.metrics.folder = self.out
         if self.env.rank == 0:

@@ -486,6 +486,9 @@ def train_bpe(documents, vocab_size: int, special_tokens=()) -> Tokenizer:
     for a, b in bpe.learn_merges(documents, vocab_size - least):
         merges.append(f"{vocab[a]} {vocab[b]}")
         vocab.append(vocab[a] + vocab[b])
+    if clash := set(special) & set(vocab):
+        raise ValueError(f"the special token {min(clash)!r} is an ordinary token of the text, too; "
+                         "give another")
     vocab += special
     if len(vocab) < vocab_size:
         raise ValueError(f"vocab_size {vocab_size}: the text allows no more than {len(vocab)}")

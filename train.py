@@ -133,8 +133,10 @@ def evaluate(model, split, env, num_bytes: int | None = None) -> dict:
 def evaluated_bytes(split, tokenizer) -> int | None:
     """UTF-8 bytes of the text that `evaluate` covers, special tokens left out; None where they are
     unknown."""
-    if eval_tokens is None or eval_tokens >= split.tokens - 1:
+    if split.bytes is None or eval_tokens is None or eval_tokens >= split.tokens - 1:
         return split.bytes
+    if tokenizer.name == "tokenizers":  # it may have lost some of the text, such as unknown words
+        return None
     special = {*tokenizer.special.values()}
     ids = split.rows([0], eval_tokens + 1)[0].tolist()
     return len(tokenizer.decode([i for i in ids if i not in special]).encode())
@@ -166,7 +168,7 @@ def same_tokenizer(where: str, name: str, tokenizer):
         raise ValueError(f"{where}: its tokenizer ({own.name}, {own.vocab_size} ids) is another "
                          f"than that of data set {dataset} ({tokenizer.name}, "
                          f"{tokenizer.vocab_size}); prepare the data with the model's, "
-                         f"--tokenizer={name}")
+                         f"--tokenizer={shlex.quote(name)}")
 
 
 def check(settings: dict):
@@ -180,6 +182,8 @@ def check(settings: dict):
     if not max(min_lr_scale, decay_fraction) <= 1:
         raise ValueError("min_lr_scale and decay_fraction must be at most 1, got "
                          f"{min_lr_scale} and {decay_fraction}")
+    if wte_from and init_from not in ("scratch", "resume", "auto"):
+        raise ValueError(f"wte_from is for a new network; init_from={init_from} has embeddings")
     if quantize and not eval_only:
         raise ValueError("quantize is for evaluating only: give --eval_only too, or leave it out")
     lr_scale(lr_schedule, warmup_steps, max_steps, warmup_steps)  # an unknown name ends here
@@ -212,6 +216,9 @@ def take_what_is_there(script: dict):
     if other:
         raise ValueError(f"the model in {init_from} has {'; '.join(other)}; leave that out, or "
                          "begin with a network of your own, --init_from=scratch")
+    if eval_only and "block_size" in script["_given"] and block_size > theirs["block_size"]:
+        raise ValueError(f"block_size={block_size} is more than the {theirs['block_size']} positions "
+                         f"of {init_from}")
     if "block_size" not in script["_given"]:
         script["block_size"] = min(block_size, theirs["block_size"])
     script.update({name: theirs[name] for name in network_settings(script)
@@ -227,7 +234,8 @@ def resumed_model(checkpoint: dict, settings: dict, data) -> tuple:
     if from_json(checkpoint["tokenizer"]).definition() != data.tokenizer().definition():
         raise ValueError(f"{path} was trained with another tokenizer than {dataset} has now; "
                          "bring that back, or give another --out_dir")
-    check_data(checkpoint, data.fingerprint(), dataset)
+    if not eval_only:
+        check_data(checkpoint, data.fingerprint(), dataset)
     return saved_model(checkpoint, dropout)
 
 
@@ -299,6 +307,9 @@ def main():
                        min_scale=min_lr_scale, decay_fraction=decay_fraction)
     run = Run(env, out, raw_model, update, settings, max_steps, eval_interval, checkpoint,
               schedule, raw_model.flops_per_token(block_size))
+    if max_steps < warmup_steps:
+        say(f"note: warmup_steps={warmup_steps} is more than max_steps={max_steps}: the learning "
+            f"rate ends at {schedule(max_steps - 1):.0%} of its peak")
     windows = 0  # of training text that have been read
     if env.sum(run.step)[0] != run.step * env.world:
         raise ValueError(f"the ranks found different checkpoints in {out}: it must be a folder "

@@ -59,8 +59,8 @@ def test_what_cannot_be_compared_is_said(write, tmp_path):
 def test_runs_without_checkpoint_or_validation(write, tmp_path):
     going = write("going", [2.0])
     (going / "ckpt.pt").unlink()
-    (going / "new").mkdir()
-    (going / "metrics.jsonl").rename(going / "new" / "metrics.jsonl")
+    (going / ".new").mkdir()
+    (going / "metrics.jsonl").rename(going / ".new" / "metrics.jsonl")
     done = write("done", [3.0])
     (done / "ckpt.pt").unlink()
     (done / "results.json").write_text('{"settings": {"dataset": "a"}}')

@@ -421,3 +421,5 @@ def test_what_people_type(tmp_path, monkeypatch, conf):
                        ("gradient_accumulation_steps", "total_batch_tokens")):
         with pytest.raises(ValueError, match=f"--{name} is nanoGPT's; here it is --{told}"):
             conf(f"--{name}=3")
+    with pytest.raises(ValueError, match="--backend is nanoGPT's; here it is none: it is nccl"):
+        conf("--backend=3")

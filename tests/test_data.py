@@ -137,6 +137,25 @@ def test_a_models_tokenizer_is_not_replaced(tmp_path):
             Data(name)
 
 
+def test_shards_of_others_are_not_replaced(tmp_path):
+    foreign_file(tmp_path / "train_000001.bin", "llm.c")
+    before = (tmp_path / "train_000001.bin").read_bytes()
+    with pytest.raises(ValueError, match=r"train_000001\.bin is of no data set that was prepared here"):
+        write_data(f"{tmp_path}/", open_tokenizer("bytes"), {"train": STORIES, "val": STORIES})
+    assert (tmp_path / "train_000001.bin").read_bytes() == before
+    for split in ("train", "val"):  # and a call that failed leaves a lock, which is no data
+        foreign_file(tmp_path / f"{split}.bin", "nanogpt")
+    (tmp_path / "train_000001.bin").unlink()
+    (tmp_path / ".lock").touch()
+    assert Data(f"{tmp_path}/").train.tokens == 3000
+
+
+def test_parsed_special_tokens_are_no_bytes_of_the_text(tmp_path):
+    texts = [f"<|endoftext|>{story}<|endoftext|>" for story in STORIES]
+    meta = write_data(f"{tmp_path}/set", open_tokenizer("bytes"), {"train": texts, "val": texts}, special=True)
+    assert meta["splits"]["val"]["bytes"] == sum(len(story.encode()) for story in STORIES)
+
+
 def test_two_prepares_at_once(tmp_path):
     started, go_on = threading.Event(), threading.Event()
 
@@ -522,6 +541,7 @@ def test_names_of_data_sets(tmp_path, monkeypatch):
     for name in ("shakespeare", "shakespeare/", "data/shakespeare", "data/shakespeare/"):
         assert data_folder(name) == home
     assert data_folder("mine/") == Path("mine") and data_folder("a/b") == Path("a/b")
+    assert data_folder("./other") == Path("other")
     assert data_folder("mine") == HERE / "data" / "mine"
     for name in ("", ".", "/", "../"):
         with pytest.raises(ValueError, match="does not name a data set"):

@@ -486,14 +486,21 @@ def test_a_used_folder_is_not_written_over_unasked(shared, tmp_path, monkeypatch
     (out / "best").mkdir(parents=True)
     for kept in ("results.json", "best/config.json"):
         (out / kept).write_text("{}")
-        with pytest.raises(ValueError, match=rf"holds a run already \({kept[:4]}.*--overwrite"):
+        with pytest.raises(ValueError, match=rf"holds a run already \(.*{kept[:4]}.*--overwrite"):
             run_train(*common)
         (out / kept).unlink()
-    (out / "metrics.jsonl").write_text('{"step": 9}\n')  # a run that never saved is no run
+    (out / "metrics.jsonl").write_text('{"step": 9}\n')  # whose checkpoints were deleted, say
+    with pytest.raises(ValueError, match=r"holds a run already \(.*metrics.jsonl\); give another"):
+        run_train(*common)
+    shutil.rmtree(out)
+    (out / "new").mkdir(parents=True)  # what is nobody's run stays
+    (out / "new" / "notes.txt").write_text("mine")
     run_train(*common, "--max_steps=4")
+    assert (out / "new" / "notes.txt").read_text() == "mine"
+    shutil.rmtree(out / "new")
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
     files = content()
-    with pytest.raises(ValueError, match=r"\(best, ckpt-2.pt, ckpt.pt\); .*--init_from=resume.*--overwrite"):
+    with pytest.raises(ValueError, match=r"\(best, ckpt-2.pt, ckpt.pt, loss.png, metrics.jsonl\); .*--init_from=resume.*--overwrite"):
         run_train(*common, "--max_steps=4")
     for init_from in ("resume", "auto"):
         with pytest.raises(ValueError, match=f"--init_from={init_from} goes on"):
@@ -502,7 +509,7 @@ def test_a_used_folder_is_not_written_over_unasked(shared, tmp_path, monkeypatch
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(RuntimeError("disk")))
     with pytest.raises(OSError, match="disk"):  # the new run's first save does not succeed
         run_train(*common, "--max_steps=2", "--overwrite", "--seed=3")
-    assert {name: data for name, data in content().items() if name.parts[0] != "new"} == files
+    assert {name: data for name, data in content().items() if name.parts[0] != ".new"} == files
     monkeypatch.setattr(torch, "save", saved)
     run_train(*common, "--max_steps=2", "--overwrite", "--seed=3")
     assert weights(out)["settings"]["seed"] == 3 and len(rows(out)) == 2
@@ -516,7 +523,7 @@ def test_a_replacement_that_was_killed_is_finished(shared, tmp_path):
     import checkpoint
     for number in range(1, 20):
         out = tmp_path / str(number)
-        for folder, text in ((out, "old"), (out / "new", "new")):
+        for folder, text in ((out, "old"), (out / ".new", "new")):
             (folder / "best").mkdir(parents=True)
             for name in ("ckpt.pt", "best/config.json", "metrics.jsonl", f"{text}.txt"):
                 (folder / name).write_text(text)
@@ -556,6 +563,10 @@ def test_a_model_with_another_tokenizer_of_the_same_size_is_refused(tmp_path, ca
                  [f"--wte_from={model}"]):
         with pytest.raises(ValueError, match=r"run\S*: its tokenizer .* of data set \S+/b .*--tokenizer="):
             run_train(*common, f"--dataset={tmp_path}/b", f"--out_dir={tmp_path}/other", *argv)
+    for argv, word in ((["--eval_only", "--block_size=4096"], "block_size=4096 is more than the"),
+                       ([f"--wte_from={model}"], "wte_from is for a new network")):
+        with pytest.raises(ValueError, match=word):
+            run_train(*common, f"--dataset={tmp_path}/a", f"--out_dir={tmp_path}/other", f"--init_from={model}", *argv)
     for file in ("tokenizer.json", "tokenizer_config.json"):  # the same in other files
         os.unlink(f"{model}/{file}")
     capsys.readouterr()
