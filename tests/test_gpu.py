@@ -195,7 +195,7 @@ def test_a_wait_is_found(loop, data, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["full", "lora", "last_layer"])
 def test_classification(loop, tmp_path, mode):
-    argv = [*texts_of(tmp_path)[finetune_cls], f"--mode={mode}", "--compile=False"]
+    argv = [*texts_of(tmp_path)[finetune_cls], "--init_from=weights", f"--mode={mode}", "--compile=False"]
     assert loop(finetune_cls, *argv) == []
 
 
