@@ -530,7 +530,7 @@ def test_too_little_text():
     for empty in ([], [""]):
         with pytest.raises(ValueError, match="vocab_size 258: .* more than 257"):
             train_bpe(empty, 258)
-    with pytest.raises(ValueError, match="there twice"):
+    with pytest.raises(ValueError, match="ordinary token of the text, too"):
         train_bpe(["abc"], 260, ["ab"])
     assert train_bpe(["abc"], 258, ["<|a|>", EOT, "<|a|>"]).special == {EOT: 256, "<|a|>": 257}
 

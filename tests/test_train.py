@@ -489,18 +489,20 @@ def test_a_used_folder_is_not_written_over_unasked(shared, tmp_path, monkeypatch
         with pytest.raises(ValueError, match=rf"holds a run already \(.*{kept[:4]}.*--overwrite"):
             run_train(*common)
         (out / kept).unlink()
-    (out / "metrics.jsonl").write_text('{"step": 9}\n')  # whose checkpoints were deleted, say
-    with pytest.raises(ValueError, match=r"holds a run already \(.*metrics.jsonl\); give another"):
+    (out / "adapter").mkdir()
+    (out / "adapter" / "mine.bin").touch()  # what the run would remove
+    with pytest.raises(ValueError, match=r"holds a run already \(adapter\); give another"):
         run_train(*common)
-    shutil.rmtree(out)
-    (out / "new").mkdir(parents=True)  # what is nobody's run stays
+    shutil.rmtree(out / "adapter")
+    (out / "metrics.jsonl").write_text('{"step": 9}\n')  # a run that never saved is no run
+    (out / "new").mkdir()  # what is nobody's run stays
     (out / "new" / "notes.txt").write_text("mine")
     run_train(*common, "--max_steps=4")
     assert (out / "new" / "notes.txt").read_text() == "mine"
     shutil.rmtree(out / "new")
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
     files = content()
-    with pytest.raises(ValueError, match=r"\(best, ckpt-2.pt, ckpt.pt, loss.png, metrics.jsonl\); .*--init_from=resume.*--overwrite"):
+    with pytest.raises(ValueError, match=r"\(best, ckpt-2.pt, ckpt.pt\); .*--init_from=resume.*--overwrite"):
         run_train(*common, "--max_steps=4")
     for init_from in ("resume", "auto"):
         with pytest.raises(ValueError, match=f"--init_from={init_from} goes on"):
