@@ -232,12 +232,14 @@ def open_run(env, out: Path, settings: dict, fixed, **fields: type) -> dict | No
                          "begins with, --init_from=MODEL")
     if init_from == "auto":
         env.say(f"there is no run in {out} yet: a new one begins")
+
     def names(kinds):
         paths = [path for kind in kinds for path in out.glob(kind)]
         return sorted({path.relative_to(out).parts[0] for path in paths
                        if path.is_file() or any(path.iterdir())})
 
-    # what a run is known by, else what it would replace; metrics alone are of one that never saved
+    # What a run is known by, else what a new one would remove; metrics alone are of one that never
+    # saved.
     found = names(("ckpt*.pt", "results.json", "best/config.json")) or names(
         set(RUN_FILES) - {"metrics.jsonl", "loss.png"})
     if found and not overwrite:

@@ -78,7 +78,8 @@ def write_data(name: str, tokenizer, splits: dict, shard_tokens: int = 100_000_0
     prepared = (folder / "meta.json").exists() or (folder / ".lock").exists()
     for pattern in () if prepared else ("tokenizer.json", *SHARDS):
         for file in folder.glob(pattern):
-            raise ValueError(f"{file} is of no data set that was prepared here; give another --name")
+            raise ValueError(f"{file} is of no data set that was prepared here; give another "
+                             "--name")
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / "new.part"
     try:

@@ -83,7 +83,7 @@ epochs = 3  # 0: only evaluates the model as it is
 batch_size = 32  # texts of an update, over all ranks
 accumulation = 1  # micro-batches of a rank, which divide these texts
 optimizer = "adamw"  # or another of optim.OPTIMIZERS
-learning_rate = 5e-4  # its peak, of GPT-2 itself 2e-5: warmup over the first tenth, then linear to zero
+learning_rate = 5e-4  # its peak (GPT-2 itself: 2e-5): warmup over a tenth, then linear to zero
 adamw_learning_rate: float | None = None  # under muon, of embeddings and vectors; None: the same
 head_learning_rate: float | None = None  # of the linear layer; None: the same
 weight_decay = 0.01  # of matrices
@@ -506,7 +506,8 @@ def classify(env):
     fixed = given - {"text_column", "text_pair_column", "label_column"}
     other = [f"{key}={how[key]}" for key in sorted(fixed) if how[key] != globals()[key]]
     if other and "finetune_cls" in config:  # one of others says nothing of most of these
-        raise ValueError(f"{init_from} was trained with {', '.join(other)}: leave such settings out")
+        raise ValueError(f"{init_from} was trained with {', '.join(other)}: leave such settings "
+                         "out")
     how = {key: value for key, value in how.items() if key not in given}
     globals().update(how, epochs=0)
     net, tokenizer = load(init_from, names, env)

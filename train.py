@@ -217,8 +217,8 @@ def take_what_is_there(script: dict):
         raise ValueError(f"the model in {init_from} has {'; '.join(other)}; leave that out, or "
                          "begin with a network of your own, --init_from=scratch")
     if eval_only and "block_size" in script["_given"] and block_size > theirs["block_size"]:
-        raise ValueError(f"block_size={block_size} is more than the {theirs['block_size']} positions "
-                         f"of {init_from}")
+        raise ValueError(f"block_size={block_size} is more than the {theirs['block_size']} "
+                         f"positions of {init_from}")
     if "block_size" not in script["_given"]:
         script["block_size"] = min(block_size, theirs["block_size"])
     script.update({name: theirs[name] for name in network_settings(script)

@@ -140,7 +140,10 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert run("--decoding=greedy", "--out=None") and not (tmp_path / "out").exists()
     (first, *_), file = tok.encode(lines[0]["greedy"]), tmp_path / "m" / "generation_config.json"
     file.write_text(json.dumps({"eos_token_id": [255, int(first)]}))  # a second token that ends a text
+    decode_all, made = evaluate.decode_all, []
+    monkeypatch.setattr(evaluate, "decode_all", lambda *args: made.append(decode_all(*args)) or made[-1])
     run("--decoding=greedy", "--out=q", "--stories=s.jsonl")
+    assert made[0][0] == [first]
     assert json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])["greedy"] == ""
     assert json.loads((tmp_path / "q.json").read_text())["rows"][1]["ended"] >= 1 / 4
     with pytest.raises(ValueError, match="6 stories"):
