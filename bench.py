@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from files import HERE
 from model import GPT, PRESETS
 from optim import build_optimizer
 from run import Metrics, figure
-from text import prompt_ids, read_table
+from text import instruction_record, prompt_ids, read_table
 from tokenizer import open_tokenizer
 
 peer: str | None = None  # folder of a nanoGPT checkout
@@ -337,8 +338,8 @@ def peft(run: str) -> list:
     env, best = Device(device, "float32"), Path(run, "best")
     tokenizer, template = open_tokenizer(best), (best / "template.txt").read_text().rstrip()
     rows = []  # (prompt ids, answer ids)
-    for row in read_table(data):
-        text = row["instruction"], row.get("input") or ""
+    for row in filter(itemgetter("output"), map(instruction_record, read_table(data))):
+        text = row["instruction"], row["input"]
         answer = [*tokenizer.encode(row["output"]).tolist(), tokenizer.eos_id]
         rows.append((prompt_ids(tokenizer, template, *text, limit=10**9)[0], answer))
     random.Random(0).shuffle(rows)
@@ -449,4 +450,5 @@ def main(command, *words):
 
 
 if __name__ == "__main__":
-    run_script(main, globals(), commands=(*COMMANDS, *PARTS), positionals=True)
+    parts = PARTS if {*PARTS} & {*sys.argv} else ()
+    run_script(main, globals(), commands=(*COMMANDS, *parts), positionals=True)

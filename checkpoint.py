@@ -38,10 +38,8 @@ DECODING = (*MODEL_IDS, "do_sample", "temperature", "top_k", "top_p", "num_beams
             "max_length", "max_new_tokens", "num_return_sequences", "use_cache",
             "cache_implementation", "transformers_version")
 # Settings that a resumed run does not take from its checkpoint.
-OF_THE_MOMENT = ("init_from", "out_dir", "overwrite", "device", "dtype", "compile", "verify",
-                 "checkpoint_activations", "bfloat16_gradients", "eval_only", "quantize",
-                 "log_interval", "sample_tokens", "wandb_project", "tensorboard",
-                 "keep_checkpoints", "max_skipped", "predict", "predict_file")
+OF_THE_MOMENT = ("init_from", "out_dir", "overwrite", "device", "compile", "verify",
+                 "checkpoint_activations", "eval_only", "quantize", "predict", "predict_file")
 NEW = ".new"  # in a run's folder: a new run until its first checkpoint or result
 NEWEST = HERE / "out" / ".newest"  # names the folder of the run that was saved last
 # What a run leaves in its folder.
@@ -192,7 +190,8 @@ def restore(checkpoint: dict, optimizer, scaler):
     for old, new in zip(saved["param_groups"], optimizer.param_groups):
         old |= {key: value for key, value in new.items() if key != "params"}
     optimizer.load_state_dict(saved)
-    has_moments = any(optimizer.defaults.get(key) for key in ("betas", "momentum"))
+    has_moments = any(group.get(key) for group in optimizer.param_groups
+                      for key in ("betas", "momentum"))
     if not optimizer.state and has_moments and checkpoint["step"] > checkpoint["skipped"]:
         raise ValueError("the state of its optimizer is empty")
     like_parameter = {}  # name: whether the tensors of that name are shaped as their parameters
@@ -359,7 +358,12 @@ def load_model(name, tokenizer=None, **options):
     low-rank adapters in PEFT's format, their base model with the adapters merged. A tokenizer, or
     its name, may be given; without one and without files of it, it is GPT-2's. options go to
     GPT.from_pretrained. Rows of the model past the tokenizer's ids are never drawn; ValueError
-    where there are fewer."""
+    where there are fewer, and for a revision of a folder, which has none."""
+    if name in ("scratch", "resume", "auto") and not local_folder(name).is_dir():
+        raise ValueError(f"init_from={name} is for training; name a model: the folder of a run, "
+                         "such as out/NAME, or a hub name")
+    if options.get("revision") and local_folder(name).is_dir():
+        raise ValueError(f"revision={options['revision']} is of a hub name, {name} is a folder")
     if base := adapter_base(name):
         folder = local_folder(name)
         try:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from matplotlib.ticker import EngFormatter
 
-from checkpoint import NEW
+from checkpoint import NEW, settings_of
 from configurator import run as run_script
 from data import digest
 from files import read_json
@@ -56,7 +56,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
                          "python compare.py out/a out/b")
     if (file := part / "ckpt.pt").is_file():
         checkpoint = load_torch(file)
-        settings = checkpoint.get("settings", {})
+        settings = settings_of({"settings": {}, "config": {}} | checkpoint)
         if settings.get("init_from") in ("resume", "auto"):  # what it began with is what counts
             settings["init_from"] = checkpoint.get("base", "scratch")
         if isinstance(known := checkpoint.get("tokenizer"), str):
@@ -150,7 +150,9 @@ def main(*folders):
     for group in groups:
         if len(ends := {*group.each("step", max)}) > 1:
             print(f"note: the runs of {group.label} end at {min(ends):,} to {max(ends):,} steps")
-    if OF_THE_TEXT & other.keys():
+    text = [name for name in OF_THE_TEXT & other.keys()  # a run of no steps keeps no tokenizer
+            if name != "tokenizer" or len({*other[name]} - {"none"}) > 1]
+    if text:
         print("note: the losses are of different text")
     draw(groups)
     print(f"curves: {png}")

@@ -44,7 +44,8 @@ NANOGPT = {  # its settings, and what stands for them here
     "always_save_checkpoint": "none: every evaluation saves",
     "backend": "none: it is nccl on GPUs, gloo elsewhere",
     "wandb_log": "wandb_project, which is enough",
-    "wandb_run_name": "out_dir, after which the run is named"}
+    "wandb_run_name": "out_dir, after which the run is named",
+    "out_dir": "init_from, the folder of a run"}  # of sample.py
 KINDS = {*READ, "list", "list[int]", "list[float]", "list[bool]", "list[str]"}
 
 
@@ -253,10 +254,10 @@ def read_config(word, kinds, values):
         line = lines[-1] if lines else getattr(e, "lineno", None)
         where = f"{word}:{line}" if line else word
         raise error(f"{where}: {type(e).__name__}: {getattr(e, 'msg', e)}") from None
-    for name, value in space.items():
-        helper = name.startswith("_") or callable(value) or isinstance(value, ModuleType)
-        if name not in kinds and not helper:
-            raise unknown(f"{word}: {name}", name, kinds)
+    wrong = [name for name, value in space.items() if name not in kinds and not (
+        name.startswith("_") or callable(value) or isinstance(value, ModuleType))]
+    if wrong:
+        raise error(f"{word}: " + "; ".join(str(unknown(name, name, kinds)) for name in wrong))
     new = {name: check(f"{word}: {name}", space.get(name, values[name]), kind)
            for name, kind in kinds.items()}
     assigned = {node.id for node in ast.walk(tree)
@@ -274,9 +275,10 @@ def print_help(doc, known):
 
 
 def unknown(shown, name, kinds, dashes=""):
-    if name in NANOGPT:
-        here = NANOGPT[name] if NANOGPT[name].startswith("none") else dashes + NANOGPT[name]
-        return error(f"{shown} is nanoGPT's; here it is {here}")
+    here = re.match(r"\w*", NANOGPT.get(name, ""))[0]  # the setting, if this script has it
+    if here == "none" or here in kinds:
+        return error(f"{shown} is nanoGPT's; here it is "
+                     f"{'' if here == 'none' else dashes}{NANOGPT[name]}")
     near = difflib.get_close_matches(name, kinds, 1)
     hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists the settings"
     return error(f"{shown}: unknown setting; {hint}")

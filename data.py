@@ -36,7 +36,9 @@ PREPARE = {"shakespeare": "prepare_text.py", "tinystories": "prepare_tinystories
            "tinystories_4k": "prepare_tinystories.py --name=tinystories_4k "
                              "--tokenizer=weights/tokenizer.json --limit=20000",
            "plays": "prepare_text.py --name=plays …, as config/pretrain_plays.py says",
-           "base": "prepare_text.py --name=base …, as config/pretrain_imdb.py says"}
+           "base": "prepare_text.py --name=base …, as config/pretrain_imdb.py says",
+           "openwebtext": "prepare_text.py --name=openwebtext --input=FILES --tokenizer=gpt2 "
+                          "--val_fraction=0.0005"}
 
 
 def data_folder(name: str) -> Path:
@@ -255,7 +257,8 @@ class Data:
             small = ("; or begin with a small text: python prepare_text.py, then python train.py "
                      "config/quickstart.py" if self.folder.name != "shakespeare" else "")
             raise ValueError(f"no prepared data in {self.folder} (neither meta.json nor {missing});"
-                             f" first run: {self.again}{small}")
+                             f" first run: {self.again}{small}; or name a folder that has "
+                             "train.bin and val.bin: --dataset=../FOLDER")
         if (self.folder / "meta.pkl").is_file():
             self.vocab_size, self.eos_id = self.tokenizer().vocab_size, None
         else:
@@ -319,7 +322,7 @@ def foreign_header(file: Path) -> int:
     if size % 2 or not size:
         raise ValueError(f"{file} has {size:,} bytes, expected whole uint16 tokens")
     ids = np.memmap(file, "<u2", "r")
-    magic, version, count = [*np.frombuffer(ids[:6].tobytes(), "<i4"), 0, 0, 0][:3]
+    magic, version, count = np.frombuffer(ids[:6].tobytes().ljust(12, b"\0"), "<i4")
     if ids[:3].tobytes() == b"\x93NUMPY":
         array = np.load(file, mmap_mode="r", allow_pickle=False)
         if array.dtype != np.uint16 or array.ndim != 1:

@@ -104,6 +104,8 @@ class Device:
         pass is cut into pieces between which gradients travel."""
         if self.world == 1:
             return model
+        if bfloat16 and self.type != "cuda":
+            raise ValueError("bfloat16_gradients is for ranks on GPUs; leave it out")
         model = DDP(model, device_ids=[self.device] if self.type == "cuda" else None,
                     gradient_as_bucket_view=True)
         if bfloat16:

@@ -117,8 +117,8 @@ def parse_decoding(text: str, config) -> dict:
     given = dict(part.partition("=")[::2] for part in text.split(","))
     kinds = BEAM_SEARCH if "num_beams" in given else SAMPLING
     try:
-        if not given.keys() <= kinds.keys():
-            raise ValueError("expected greedy, or key=value with commas between several: of "
+        if not given.keys() <= kinds.keys() or len(given) <= text.count(","):
+            raise ValueError("expected greedy, or key=value, each once, with commas between: of "
                              f"{', '.join(SAMPLING)}, or of {', '.join(BEAM_SEARCH)}")
         options = {key: kinds[key](value) for key, value in given.items()}
         check_beams(config, options.get("num_beams", 1), options.get("length_penalty", 1.0))

@@ -46,7 +46,7 @@ from lora import set_trainable
 from model import GPT, GPTConfig
 from optim import build_optimizer
 from run import Run, figure
-from text import first_of, hub_rows, normalize, read_table, say_once
+from text import first_of, hub_rows, normalize, read_table, say_once, typed
 from tokenizer import from_json, open_tokenizer
 
 # what and where
@@ -85,7 +85,7 @@ accumulation = 1  # micro-batches of a rank, which divide these texts
 optimizer = "adamw"  # or another of optim.OPTIMIZERS
 learning_rate = 5e-4  # its peak (GPT-2 itself: 2e-5): warmup over a tenth, then linear to zero
 adamw_learning_rate: float | None = None  # under muon, of embeddings and vectors; None: the same
-head_learning_rate: float | None = None  # of the linear layer; None: the same
+head_learning_rate: float | None = None  # of the linear layer; None: that of the embeddings
 weight_decay = 0.01  # of matrices
 grad_clip = 1.0  # largest norm of the gradient; 0 for none
 patience: int | None = None  # epochs without a better dev accuracy before it stops
@@ -132,7 +132,7 @@ def make_examples(table: list[dict], where: str, needs_labels: bool) -> list[Exa
     columns = {"text": text_column, "text_pair": text_pair_column, "label": label_column}
     for kind, names in columns.items():
         needed = needs_labels if kind == "label" else names
-        if needed and first_of(table[0], names, where) is where:  # no such column
+        if needed and all(first_of(row, names, where) is where for row in table):  # no such column
             raise ValueError(f"{where} has no column {' or '.join(names)}; its columns are "
                              f"{', '.join(table[0])}: name the right one by --{kind}_column")
     examples = []
@@ -143,7 +143,11 @@ def make_examples(table: list[dict], where: str, needs_labels: bool) -> list[Exa
         if not all(text is None or isinstance(text, str) for text in texts):
             raise ValueError(f"row {number} of {where} has no text in the columns "
                              f"{text_column + text_pair_column}: {row!r:.80}")
-        label = str(first_of(row, label_column, None)).strip()
+        label = first_of(row, label_column, None)
+        if type(label) in (list, dict):
+            raise ValueError(f"row {number} of {where} has the label {label!r:.80}, expected one "
+                             "class for a text")
+        label = str(label).strip()
         label = re.sub(r"^([+-]?\d+)\.0*$", r"\1", label)  # 1.0 is 1
         examples.append(Example(f"row {number} of {where}", str(row.get("id", number)).strip(),
                                 tuple(text or "" for text in texts), label))
@@ -184,6 +188,9 @@ def read_splits() -> dict[str, list[Example]]:
         n = max(1, round(dev_fraction * len(train)))
         shuffled = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
         splits["dev"], splits["train"] = shuffled[:n], shuffled[n:]
+        if rare := {e.label for e in train} - {e.label for e in splits["train"]}:
+            raise ValueError(f"all rows of class {min(rare)} are among the {n} that dev_fraction "
+                             "cuts off for dev; give another --seed, or a --dev_file")
     return splits
 
 
@@ -488,6 +495,8 @@ def classify(env):
     """--predict and --predict_file: what a trained run makes of texts. The file's predictions lie
     beside the run, or in out_dir if that is on the hub."""
     config, names = read_config(init_from)
+    if predict and predict_file:
+        raise ValueError("give texts by --predict or a table by --predict_file, not both")
     if not names:
         merge = ("; of adapters merge_and_unload the model by PEFT first"
                  if adapter_base(init_from) else "")
@@ -515,7 +524,13 @@ def classify(env):
         tokenizer.pad_id = config.get("pad_token_id")
     T = min(max_tokens or net.gpt.config.block_size, net.gpt.config.block_size)
     if predict_file:
-        examples = make_examples(read_table(predict_file), predict_file, False)
+        try:
+            examples = make_examples(read_table(predict_file), predict_file, False)
+            if examples[0].label is not None:
+                class_numbers(examples, names)
+        except ValueError as e:
+            raise ValueError(f"{e}; --label_column=none predicts without labels" if "has the label"
+                             in str(e) else str(e)) from None
     else:
         texts = [tuple(predict[i:i + n]) for i in range(0, len(predict), n)]
         examples = [Example("--predict", "", text, None) for text in texts]
@@ -535,12 +550,14 @@ def classify(env):
 
 def main():
     take_settings(globals())
+    globals().update(prompt=typed(prompt), verbalizers=[*map(typed, verbalizers)])
     settings, env, out = begin(globals(), FROM_ONE, CHOICES)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
     if predict or predict_file:
         return classify(env)
-    if not 0 <= word_dropout < 1:
-        raise ValueError(f"word_dropout must be in [0, 1), got {word_dropout}")
+    if not 0 <= word_dropout < 1 or not 0 < dev_fraction < 1:
+        raise ValueError("expected word_dropout in [0, 1) and dev_fraction in (0, 1), got "
+                         f"{word_dropout} and {dev_fraction}")
     checkpoint = open_run(env, out, settings, FIXED, data=str, base=str)
     base = checkpoint["base"] if checkpoint else init_from
 

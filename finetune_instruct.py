@@ -51,7 +51,7 @@ from text import hub_rows, instruction_record, prompt_ids, read_table
 # what and where
 out_dir = "out/finetune_instruct"  # the run's folder
 overwrite = False  # begin anew in a folder that holds a run
-data = "tatsu-lab/alpaca"  # a .json, .jsonl[.gz|.xz] or .parquet file, or a hub data set
+data = "tatsu-lab/alpaca"  # .json, .jsonl[.gz|.xz], .csv, .parquet … or a hub data set
 template: str | None = None  # a file with {instruction}, {input}, {output}; None: Alpaca's
 init_from = "gpt2"  # a hub name, a Hugging Face or run folder; or resume
 block_size: int | None = None  # crops the context of the model
@@ -154,10 +154,10 @@ def split(records) -> list[list[int]]:
 def read_template() -> str:
     """The template's text; ValueError for one without its slots."""
     form = ALPACA if template is None else read_text(template).rstrip()
-    slots = set(re.findall(r"\{\w+\}", form))
-    if slots != {"{instruction}", "{input}", "{output}"} or not form.endswith("{output}"):
+    slots = sorted(re.findall(r"\{\w+\}", form))
+    if slots != ["{input}", "{instruction}", "{output}"] or not form.endswith("{output}"):
         raise ValueError(f"template {template} must have the slots {{instruction}} and {{input}}, "
-                         f"no other, and end with {{output}}; it has {', '.join(sorted(slots))}")
+                         f"each once, no other, and end with {{output}}; it has {', '.join(slots)}")
     return form
 
 

@@ -56,7 +56,8 @@ def find_file(name, file: str, revision=None) -> Path | None:
     """A file of a model's folder or hub repository, downloaded if need be; None if it has none."""
     folder = local_folder(name)
     if folder.is_file():
-        raise ValueError(f"{name} is a file; give the folder that it lies in")
+        raise ValueError(f"{name} is a file; give the folder that it lies in (nanoGPT's ckpt.pt "
+                         f"goes through: python convert.py --input={name} --out=export/NAME)")
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
     if run := re.match(r"out/+([^/]+)", str(name)):  # not somebody's model on the hub

@@ -120,10 +120,12 @@ class Muon(torch.optim.Optimizer):
                 if p.dim() != 2 or p.size(0) % group["parts"]:
                     raise ValueError(f"Muon updates {group['parts']} stacked matrices, got a "
                                      f"parameter of shape {tuple(p.shape)}")
-        self.adamw = torch.optim.AdamW([g for g in groups if "parts" not in g], lr, betas, eps,
-                                       weight_decay, fused=True)
+        rest = [g for g in groups if "parts" not in g]  # none where all are adapters
+        self.adamw = torch.optim.AdamW(rest or [torch.zeros(0)], lr, betas, eps, weight_decay,
+                                       fused=True)
         super().__init__([{"momentum": momentum} | g for g in groups if "parts" in g]
-                         + self.adamw.param_groups, {"lr": lr, "weight_decay": weight_decay})
+                         + self.adamw.param_groups[:len(rest)],
+                         {"lr": lr, "weight_decay": weight_decay})
         self.share()
 
     def share(self):
@@ -188,8 +190,8 @@ def build_optimizer(model, name: str, learning_rate: float, weight_decay: float,
 
     Muon updates the linear layers of the blocks and leaves the embeddings, the head and all vectors
     to AdamW, at adamw_learning_rate. Matrices decay, biases and LayerNorm gains do not. head: the
-    parameters that have head_learning_rate. None: learning_rate for these, too. A group's `peak` is
-    its learning rate at the top of the schedule. ValueError for an unknown name.
+    parameters that have head_learning_rate; None: the rate of the others that AdamW updates. A
+    group's `peak` is its learning rate at the top of the schedule. ValueError for an unknown name.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer={name!r} is unknown; there are: {', '.join(OPTIMIZERS)}")

@@ -68,6 +68,11 @@ class Run:
         if checkpoint is not None:  # which model the run was begun from
             settings = settings | {"init_from": checkpoint["settings"].get("init_from")}
         self.settings, self.max_steps, self.eval_interval = settings, max_steps, eval_interval
+        rate = settings.get("adamw_learning_rate")
+        if rate is not None and settings["optimizer"] != "muon":
+            env.say(f"note: optimizer={settings['optimizer']} trains all parameters at "
+                    f"learning_rate={settings['learning_rate']}: adamw_learning_rate={rate} is "
+                    "heeded with optimizer=muon only")
         self.flops, self.parameters = flops, [*model.parameters()]
         warmup = round(settings.get("warmup_fraction", 0.1) * max_steps)
         self.schedule = schedule or partial(lr_scale, "linear", max_steps=max_steps,
@@ -160,8 +165,10 @@ class Run:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.stopped:
             goes_on = command_line(init_from="resume")
+            if self.settings["overwrite"]:
+                goes_on += " --overwrite=False"
             if self.env.world > 1:
-                goes_on = "the same torchrun line and --init_from=resume"
+                goes_on = "the same torchrun line with --overwrite=False --init_from=resume"
             name = self.received or "a signal"
             self.env.say(f"stopped by {name} at step {self.step}; go on with: {goes_on}")
 
@@ -260,7 +267,8 @@ class Run:
                 raise ValueError(
                     f"the gradient was not finite in {self.bad_in_a_row} steps in a row, up to "
                     f"step {step}; lower --learning_rate, and go on from the last checkpoint, if "
-                    "there is one, with --init_from=resume")
+                    "there is one, with --init_from=resume (or from the one before: rename its "
+                    "ckpt-STEP.pt to ckpt.pt)")
         self.updates = []
         return norm.item()
 
@@ -329,7 +337,11 @@ class Run:
             future.result()
 
     def save(self, **more):
-        """OUT/ckpt.pt: what resuming needs of the run, and what the script adds to it."""
+        """OUT/ckpt.pt: what resuming needs of the run, and what the script adds to it. While
+        updates are skipped the checkpoints before stay: these weights may have diverged."""
+        ends = self.stopped or self.step == self.max_steps
+        if self.bad_in_a_row and self.last_saved and not ends:
+            return
         if self.env.rank == 0:
             self.metrics.sync()
             best = self.best[0] if len(self.best) == 1 else self.best

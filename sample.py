@@ -8,6 +8,7 @@
 """
 
 import itertools
+import os
 import sys
 import time
 
@@ -45,7 +46,7 @@ def encode_prompt(text: str, tok, block_size: int) -> list[int]:
     """Ids of a prompt or of the text in `FILE:path`; of an empty one, end-of-text or a line break.
     One longer than the context keeps its last tokens, with a note."""
     if text.startswith("FILE:"):
-        text = read_text(text[5:])
+        text = read_text(os.path.expanduser(text[5:]))
     else:
         text = typed(text)
     ids = tok.encode(text, special=True).tolist() or [tok.start_id]
@@ -107,6 +108,10 @@ def main():
         raise ValueError(f"num_samples={num_samples} and num_beams={num_beams} must be at least 1")
     if num_samples > 1 and num_beams > 1:
         raise ValueError("beam search writes one text: give num_samples or num_beams")
+    of_the_other = {"temperature", "top_k", "top_p"} if num_beams > 1 else {"length_penalty"}
+    if useless := globals()["_given"] & of_the_other:
+        raise ValueError(f"{min(useless)} does nothing with num_beams={num_beams}: beam search "
+                         "draws no tokens, and length_penalty is its own; leave it out")
     if start and instruct is not None:
         raise ValueError("give start or instruct, not both")
     env = Device(device, dtype)
@@ -131,7 +136,7 @@ def main():
           "type a prompt, then Enter; an empty line writes a fresh document, quit or Ctrl-D ends")
     for number in itertools.count(1 if given else 0):
         try:
-            text = input("\n> ")
+            text = input("\n> ").rstrip("\r")  # of lines that end as on Windows
         except EOFError:
             print()
             return

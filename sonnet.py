@@ -209,7 +209,7 @@ def finish(model: GPT, tok, prompts: dict[int, str], decoding: dict) -> tuple[di
     for i, (number, prompt) in enumerate(prompts.items()):
         scores[number], ids = max(scored[i * count:(i + 1) * count])
         text = f"{prompt}\n{tok.decode([token for token in ids if token != tok.eos_id])}"
-        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+        lines = [line.rstrip() for line in text.split("\n") if line.strip()]
         poems[number] = "\n".join(lines[:LINES])
     return poems, scores
 

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import zipfile
 from collections import Counter
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from functools import cache, partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
+import regex
 from tqdm import tqdm
 
 from files import read_json
@@ -120,7 +122,8 @@ def opened(path):
     except OSError as e:
         raise OSError(f"cannot read {path}: {e.strerror or e}") from None
     except Exception as e:  # noqa: BLE001 (whatever a damaged file raises)
-        raise ValueError(f"{path} cannot be read as {path.suffix or 'text'}: {e}") from None
+        kind = known[-1] if known and isinstance(e, ValueError) else path.suffix or "text"
+        raise ValueError(f"{path} cannot be read as {kind}: {e}") from None
 
 
 def _open_zstd(path, mode):
@@ -183,7 +186,7 @@ def text_field(row, column: str, where: str) -> str | None:
         if isinstance(row, dict):
             found = {name: type(value).__name__ for name, value in row.items()}
         raise ValueError(  # noqa: TRY004
-            f"{where}: expected text in a field {column!r}, found {found}")
+            f"{where}: expected text in a field {column!r}, found {found}; --column names another")
     try:
         text.encode()
     except UnicodeEncodeError as e:  # half of a surrogate pair, which JSON can hold
@@ -267,6 +270,14 @@ def _csv_rows(file, column=None, quoting=csv.QUOTE_MINIMAL):
             if any(fields[len(names):]):  # else the rest of a text would be lost
                 raise ValueError(f"line {start} has more fields than the header; a text with the "
                                  f"delimiter {delimiter!r} in it needs quotes")
+            for place, field in enumerate(fields if delimiter == "\t" else ()):
+                tabs = [line.count("\t") for line in field.split("\n")]
+                rest = len(names) - 1 - place  # tabs behind this field
+                if len(tabs) > 1 and sum(tabs[:-1]) and tabs == [  # whole rows in one field
+                        rest, *[place + rest] * (len(tabs) - 2), place]:
+                    raise ValueError(f"lines {start} to {reader.line_num} are one row, as a text "
+                                     "there begins with a quotation mark; a table without quoting "
+                                     "is read as .txt")
             if fields:
                 empty.append((f"line {start}", dict(zip_longest(names, fields[:len(names)]))))
             start = reader.line_num + 1
@@ -371,8 +382,11 @@ def normalize(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, lower-cased, without punctuation but for apostrophes inside."""
-    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
+    """The words of a text, lower-cased, without punctuation but for apostrophes inside: letters of
+    any script, with their accents and vowel signs, and digits."""
+    letters = r"[\p{L}\p{M}\p{N}]+"
+    text = unicodedata.normalize("NFC", text.lower())
+    return regex.findall(rf"{letters}(?:['’]{letters})*", text)
 
 
 def ngrams(tokens: list, n: int) -> list[tuple]:
@@ -421,7 +435,8 @@ def instruction_record(row) -> dict:
 
 def split_template(template: str, text: str) -> tuple[str, str]:
     """A prompt template in two parts: up to the slot of the input `text` (of the instruction, where
-    there is none), and what follows it. Without an input, its paragraph is left out."""
+    there is none), and what follows it. Without an input, the paragraph of its slot (what stands
+    between empty lines, a heading in it, too) is left out."""
     slot = "{input}" if text else "{instruction}"
     if not text:
         paragraphs = template.split("\n\n")

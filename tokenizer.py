@@ -476,14 +476,16 @@ def char_tokenizer(alphabet, separator: str | None = None) -> Tokenizer:
 
 def train_bpe(documents, vocab_size: int, special_tokens=()) -> Tokenizer:
     """Byte-level BPE of an iterable of texts: ids 0 to 255 are the bytes in GPT-2's order, then
-    come the merges, <|endoftext|>, and `special_tokens`. ValueError: a vocab_size too small for
-    the bytes and special tokens, above 65,536, or one that the texts are too few for."""
+    come the merges, <|endoftext|>, which also divides the texts, and `special_tokens`. ValueError:
+    a vocab_size too small for the bytes and special tokens, above 65,536, or one that the texts are
+    too few for."""
     special = list(dict.fromkeys([EOT, *special_tokens]))
     least = 256 + len(special)  # the bytes and the special tokens
     if not least <= vocab_size <= 65536:
         raise ValueError(f"vocab_size {vocab_size}: expected {least} to 65536")
     vocab, merges = list(CHARS), []
-    for a, b in bpe.learn_merges(documents, vocab_size - least):
+    parts = (part for text in documents for part in text.split(EOT))
+    for a, b in bpe.learn_merges(parts, vocab_size - least):
         merges.append(f"{vocab[a]} {vocab[b]}")
         vocab.append(vocab[a] + vocab[b])
     if clash := set(special) & set(vocab):

@@ -92,7 +92,7 @@ device = "auto"  # cpu, cuda, cuda:1, mps
 dtype = "auto"  # of autocast: float32, bfloat16, float16
 compile: bool | None = None  # torch.compile; None: on GPUs
 checkpoint_activations = False  # compute each block again for its gradient: less memory, slower
-bfloat16_gradients = False  # several ranks exchange gradients in bfloat16: half the traffic
+bfloat16_gradients = False  # several GPUs exchange gradients in bfloat16: half the traffic
 
 FROM_ONE = ("max_steps", "log_interval", "eval_interval", "block_size", "batch_size", "max_skipped",
             "keep_checkpoints", "eval_tokens")  # no other number may be below 0
@@ -152,7 +152,7 @@ def sample_text(model, tokenizer, tokens: int) -> str:
 
 def token_embeddings(name: str, data, width: int) -> torch.Tensor:
     """(V, width) token embeddings of another model; ValueError when its sizes are not these."""
-    _, tensors = read_pretrained(name, revision)
+    _, tensors = read_pretrained(adapter_base(name) or name, revision)
     shape, read = tensors.get("transformer.wte.weight", ((), None))
     if tuple(shape) != (data.vocab_size, width):
         raise ValueError(f"wte_from={name}: its token embeddings are {tuple(shape)}, data set "
@@ -276,7 +276,8 @@ def main():
     if data.note:
         say(data.note)
     if data.val.tokens < 2:
-        raise ValueError("the validation split has 1 token, it needs 2 to be evaluated")
+        raise ValueError(f"the validation split of {dataset} has {data.val.tokens} tokens, it "
+                         "needs 2 to be evaluated")
     checkpoint = None
     if not eval_only:
         accumulation = micro_batches(total_batch_tokens, batch_size, block_size, env.world)
@@ -316,14 +317,14 @@ def main():
                          "that all nodes share")
     if checkpoint is not None:
         windows = checkpoint["windows"]
-        if checkpoint["settings"].get("eval_tokens") != eval_tokens:
-            say("eval_tokens changed: losses are of other tokens now, and the best is sought anew")
-            run.best = (math.inf,)
         if run.step >= max_steps:
             say(f"{out} is finished: {run.step} of {max_steps} steps, best validation loss "
                 f"{run.best[0]:.4f}. Give more --max_steps to go on, or see it with: "
                 f"python sample.py --init_from={shlex.quote(str(out))}")
             return env.close()
+        if checkpoint["settings"].get("eval_tokens") != eval_tokens:
+            say("eval_tokens changed: losses are of other tokens now, and the best is sought anew")
+            run.best = (math.inf,)
     del checkpoint
 
     # ---- batches ----

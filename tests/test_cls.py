@@ -322,6 +322,13 @@ def test_embeddings_have_a_learning_rate_of_their_own_under_muon(base, tmp_path)
     assert kept == {name for name in old if old[name].dim() < 2 or ".h." not in name}
 
 
+def test_a_learning_rate_that_another_optimizer_does_not_heed_is_named(base, tmp_path, capsys):
+    for name, notes in (("muon", 0), ("adamw", 1)):
+        run_script(base, tmp_path / name, "--epochs=1", f"--optimizer={name}",
+                   "--adamw_learning_rate=1e-4")
+        assert capsys.readouterr().out.count("adamw_learning_rate=0.0001 is heeded with") == notes
+
+
 def test_two_ranks_equal_one(base, tmp_path):
     argv = ["--epochs=1", "--dropout=0.1", "--batch_size=18"]
     one = run_script(base, tmp_path / "one", *argv, "--accumulation=2")
@@ -686,10 +693,12 @@ GOOD = [{"text": f"x {'ab'[i % 2]}", "label": i % 2} for i in range(8)]
     ({}, ["--init_from=auto"], r"no run in .* to go on with: name the model"),
     ({}, ["--mode=head"], "full, last_layer"), ({}, ["--style=tail"], "style must be head or"),
     ({}, ["--batch_size=0"], "batch_size must"), ({}, ["--keep=all"], "keep must"),
-    ({}, ["--word_dropout=1"], r"word_dropout must be in \[0, 1\)"),
+    ({}, ["--word_dropout=1"], r"word_dropout in \[0, 1\)"),
     ({}, ["--init_from=./nothing"], "no folder"), ({}, ["--max_tokens=0"], "max_tokens must"),
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no"], r"'1'\], none .*\[' no'\]\]"),
     ({}, ["--style=cloze", "--prompt={text}", "--verbalizers", " no", " qqq"], "none .* 'q'"),
+    ({}, ["--predict=x", "--predict_file=x"], "not both"), ({}, ["--dev_file=", "--dev_fraction=5"], "dev_fraction in"),
+    ({"train": [{"text": "x", "label": 7}, *GOOD]}, ["--dev_file=", "--seed=3", "--dev_fraction=0.9"], "all rows of class"),
     ({}, ["--classes", "0", "1", "1"], "each named once"), ({}, ["--predict=x"], "is no classifier"),
     ({}, ["--train_file=missing.csv"], "cannot read missing.csv")])
 def test_mistakes_are_one_line(base, tmp_path, changes, argv, word):
@@ -708,13 +717,16 @@ def test_files_that_cannot_be_read(tmp_path):
             ("e.jsonl.xz", b"none", "cannot"), ("i.xlsx", b"PK", "a spreadsheet: save it as .csv"),
             ("f.csv", b"text,label\nwell, good,1\n", "line 2 has more fields than the header"),
             ("g.csv", b"text,label,text\nx,1,y\n", "header has 'text' twice"),
-            ("h.tsv", b'text\tlabel\n"hm,\t1\nx\t0\n', "cannot be read")):  # an open quote
+            ("h.tsv", b'text\tlabel\n"hm,\t1\nx\t0\n', "cannot be read"),  # an open quote
+            ("j.tsv", b'text\tlabel\n"hm,\t1\nx\t0\nso "\t0\n', "lines 2 to 4 are one row"),
+            ("k.tsv", b'id\ttext\n1\t"hm\n2\tx\n3\tso "\n', "lines 2 to 4 are one row")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises((ValueError, OSError), match=word) as e:
             script.read_table(tmp_path / name)
         assert name in str(e.value) and "\n" not in str(e.value)
     settings()
     for row, word in (({"label": 1}, "row 2 of it has no text"), ("text", "it has no rows, or"),
+                      ({"text": "x", "label": [0, 1]}, r"has the label \[0, 1\], expected one class"),
                       ({"text": 3, "label": 1}, "row 2 of it has no text")):
         with pytest.raises(ValueError, match=word):
             script.make_examples([GOOD[0], row], "it", True)

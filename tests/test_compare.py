@@ -56,6 +56,20 @@ def test_what_cannot_be_compared_is_said(write, tmp_path):
     assert lines[1].split()[:2] == ["tokenizer", "bytes"] and "different text" in lines[-2]
 
 
+def test_sizes_are_those_of_the_network_and_an_evaluation_alone_is_of_the_same_text(write, tmp_path):
+    """A run from a pretrained model that was resumed knows its sizes, one that was not has defaults."""
+    same = write("a", [2.0], seed=1, n_layer=2), write("b", [2.1], seed=2, n_layer=4)
+    tokenizer = open_tokenizer("weights").to_json()
+    for folder in same:
+        settings = torch.load(folder / "ckpt.pt")["settings"]
+        torch.save({"settings": settings, "config": {"n_layer": 2}, "tokenizer": tokenizer}, folder / "ckpt.pt")
+    zero = write("zero", [3.0], lr=2.0)
+    (zero / "ckpt.pt").unlink()
+    (zero / "results.json").write_text('{"settings": {"lr": 2.0}}')
+    said = "\n".join(compare(*same, zero, f"--png={tmp_path / 'c.png'}"))
+    assert "a … b     2" in said and "different text" not in said
+
+
 def test_runs_without_checkpoint_or_validation(write, tmp_path):
     going = write("going", [2.0])
     (going / "ckpt.pt").unlink()

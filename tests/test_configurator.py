@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import configurator
+import train
 
 SCRIPT = '''"""A small script.
 
@@ -417,9 +418,12 @@ def test_what_people_type(tmp_path, monkeypatch, conf):
     found, _ = conf("config/x", "--start=~/a b", "--input", "~/x", "~y")
     assert (found["start"], found["input"]) == ("/home/me/a b", ["/home/me/x", "~y"])
     assert found["rate"] == 0.5 and found["_given"] == {"steps", "rate", "start", "input"}
-    for name, told in (("eval_iters", "eval_tokens, in tokens"), ("min_lr", "min_lr_scale, a fraction of learning_rate"),
-                       ("gradient_accumulation_steps", "total_batch_tokens")):
-        with pytest.raises(ValueError, match=f"--{name} is nanoGPT's; here it is --{told}"):
-            conf(f"--{name}=3")
-    with pytest.raises(ValueError, match="--backend is nanoGPT's; here it is none: it is nccl"):
-        conf("--backend=3")
+    for name, told in (("eval_iters", "--eval_tokens, in tokens"), ("min_lr", "--min_lr_scale, a fraction of learning_rate"),
+                       ("gradient_accumulation_steps", "--total_batch_tokens"), ("backend", "none: it is nccl")):
+        with pytest.raises(ValueError, match=f"--{name} is nanoGPT's; here it is {told}"):
+            configurator.configure({**vars(train)}, [f"--{name}=3"])
+        with pytest.raises(ValueError, match="none: it is nccl" if name == "backend" else "unknown setting"):
+            conf(f"--{name}=3")  # a script without what stands for it
+    (tmp_path / "gpt.py").write_text("min_lr = 1\nbeta1 = 0.5\nwandb_log = 3\nfoo = 4\n")
+    with pytest.raises(ValueError, match=r"gpt.py: min_lr is .*; wandb_log is .*; foo: unknown setting"):
+        configurator.configure({**vars(train)}, ["gpt.py"])

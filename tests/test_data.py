@@ -245,6 +245,9 @@ def test_nanogpts_tokens_are_no_header(tmp_path):
         for split in ("train", "val"):
             np.array([*first, *GPT2], "<u2").tofile(tmp_path / f"{split}.bin")
         assert Data(f"{tmp_path}/").train.rows([0], 2)[0].tolist() == [*first]
+    for few in range(1, 8):
+        GPT2[:few].astype("<u2").tofile(tmp_path / "val.bin")
+        assert Data(f"{tmp_path}/").val.tokens == few
 
 
 @pytest.mark.parametrize(("kind", "options", "word"), [

@@ -293,7 +293,8 @@ def test_sample_script(tmp_path, monkeypatch, capsys):
 
     assert "Once" in write("--start", "Once") and "tokens/s" in write()
     assert "one\ntwo" in write("--start", "one\\ntwo")
-    assert "from a file" in write(f"--start=FILE:{tmp_path}/prompt.txt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "from a file" in write("--start=FILE:~/prompt.txt")
     assert "--- 2\nOnce" in write("--start=Once", "--num_samples=2")
     assert "score" in write("--num_beams=3", "--quantize=int8")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\n\xff\ntwo\nquit\nthree\n")))
@@ -304,9 +305,12 @@ def test_sample_script(tmp_path, monkeypatch, capsys):
                        ("--top_k=-1", "top_k"), ("--max_new_tokens=0", "max_new_tokens"),
                        ("--num_beams=0", "num_beams"), ("--quantize=int4", "int4"),
                        ("--tokenizer=gpt2", "50257 ids"), ("--start=FILE:/none.txt", "/none.txt"),
-                       ("--instruct=Add.", "--start")):
+                       ("--instruct=Add.", "--start"), ("--revision=v1", "is a folder"),
+                       ("--length_penalty=2", "length_penalty does nothing"),
+                       ("--num_beams=2 --top_p=0.9", "top_p does nothing"),
+                       ("--init_from=resume", "resume is for training; name a model")):
         with pytest.raises((ValueError, OSError), match=word):
-            write(flag)
+            write(*flag.split())
 
 
 def test_weights_beside_the_scripts_serve_until_there_is_a_run(tmp_path, monkeypatch, capsys):

@@ -30,6 +30,7 @@ def bytes_model(**options):
 
 
 def test_words_and_measures_by_hand():
+    assert words("हिन्दी में नमस्ते") == ["हिन्दी", "में", "नमस्ते"] and words("cafe\u0301s") == ["cafés"]
     assert words("Tim's dog -- it didn’t bark_at 2 cats. Été!") == [
         "tim's", "dog", "it", "didn’t", "bark", "at", "2", "cats", "été"]
     texts = [list("ababab"), ["c"]]
@@ -66,7 +67,8 @@ def test_parse_decoding():
     assert parse_decoding("temperature=0.7,top_k=5", config) == {"temperature": 0.7, "top_k": 5}
     assert parse_decoding("num_beams=4,length_penalty=2", config) == {
         "num_beams": 4, "length_penalty": 2.0}
-    for text in ("", "beams=4", "top_k=0.5", "top_p", "num_beams=4,top_p=0.9", "length_penalty=2"):
+    for text in ("", "beams=4", "top_k=0.5", "top_p", "num_beams=4,top_p=0.9", "length_penalty=2",
+                 "top_k=5,top_k=6"):
         with pytest.raises(ValueError, match=f"decoding '{text}'"):
             parse_decoding(text, config)
 

@@ -407,10 +407,11 @@ def test_special_tokens_of_a_template():
 
 def test_templates_that_are_none(tmp_path, monkeypatch):
     for text in ("{input} {output}", "{instruction} {output}", "{instruction} {input}",
-                 "{instruction} {input} {output} end", "{system} {instruction} {input} {output}"):
+                 "{instruction} {input} {output} end", "{system} {instruction} {input} {output}",
+                 "{output} {instruction} {input} {output}"):
         (tmp_path / "t").write_text(text)
         monkeypatch.setattr(script, "template", str(tmp_path / "t"))
-        with pytest.raises(ValueError, match=r"t must have .* \{input\}, no other, and end with \{output\}"):
+        with pytest.raises(ValueError, match=r"t must have .* \{input\}, each once, no other, and end with \{output\}"):
             script.read_template()
     (tmp_path / "t").write_text("{instruction}|{input}|{output}\n", "utf-8-sig")
     assert script.read_template() == "{instruction}|{input}|{output}"

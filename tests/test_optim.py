@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lora import add_lora
 from model import GPT, GPTConfig
 from optim import AdamW, Muon, build_optimizer, orthogonalize
 
@@ -142,6 +143,22 @@ def test_which_parameters_get_what():
     assert sum(len(g["params"]) for g in plain.param_groups) == len(names)
     with pytest.raises(ValueError, match="adamw, muon"):
         tiny("sgd")
+
+
+def test_muon_of_adapters_alone():
+    """All of them are matrices of the blocks: nothing is left to AdamW."""
+    model = tiny()[0].requires_grad_(False)
+    add_lora(model, 2, 4.0)
+    optimizer = build_optimizer(model, "muon", 0.02, 0.1, (0.9, 0.95))
+    assert all("parts" in group for group in optimizer.param_groups)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.clone() for p in trained]
+    for p in trained:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert not any(map(torch.equal, before, trained))
 
 
 def test_query_key_and_value_are_orthogonalised_apart():

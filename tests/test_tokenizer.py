@@ -535,6 +535,10 @@ def test_too_little_text():
     assert train_bpe(["abc"], 258, ["<|a|>", EOT, "<|a|>"]).special == {EOT: 256, "<|a|>": 257}
 
 
+def test_end_of_text_in_a_text_divides_it():
+    assert train_bpe([f"one{EOT}two{EOT}one"], 261).merges == train_bpe(["one", "two", "one"], 261).merges
+
+
 def test_white_space_past_the_patterns_stack(kinds):
     with pytest.raises(ValueError, match="GPT-2's pattern cannot split the text: .*stack"):
         kinds["trained"].encode("a" + " " * 3_000_000 + "b")

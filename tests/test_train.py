@@ -251,8 +251,10 @@ def test_updates_that_are_not_finite_are_skipped(shared, tmp_path, capsys, monke
     assert weights(tmp_path)["step"] == 4  # whole, and finite
     assert all(p.isfinite().all() for p in weights(tmp_path)["model"].values())
     monkeypatch.undo()
+    run_train(*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}", "--max_steps=2", "--eval_interval=1", "--overwrite")
     with pytest.raises(ValueError, match="not finite in 10 steps"):  # for real
-        run_train(*common, "--max_steps=100", "--learning_rate=1e30", "--overwrite")
+        run_train("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=100", "--learning_rate=1e30", "--device=cpu")
+    assert weights(tmp_path)["step"] <= 4  # none from after the weights diverged
 
 
 def test_several_ranks_are_asked_for_a_stop_every_few_seconds(tmp_path):
@@ -287,7 +289,7 @@ def test_an_update_whose_gradient_is_not_finite_changes_nothing():
             assert all(p.grad is None for p in model.parameters())
             if bad and hasattr(update, "adamw"):
                 other = make(model)
-                restore({"optimizer": update.state_dict(), "scaler": {}}, other, env.scaler)
+                restore({"optimizer": update.state_dict(), "scaler": {}, "step": 1, "skipped": 1}, other, env.scaler)
                 assert not other.state
 
 
@@ -596,6 +598,24 @@ def test_resume_takes_the_settings_of_today(shared, tmp_path):
     groups = weights(tmp_path)["optimizer"]["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert all(tuple(g["betas"]) == (0.9, 0.9) for g in groups)
+
+
+def test_a_resumed_run_keeps_its_arithmetic_and_its_checkpoints(shared, tmp_path):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}", "--eval_interval=1"]
+    run_train(*common, "--max_steps=4", "--keep_checkpoints=4", "--dtype=bfloat16")
+    run_train("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=5", "--device=cpu")
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["ckpt-2.pt", "ckpt-3.pt", "ckpt-4.pt", "ckpt.pt"]
+    assert weights(tmp_path)["settings"]["dtype"] == "bfloat16"
+
+
+def test_an_empty_state_of_muon_is_refused(shared, tmp_path):
+    common = [*TINY, f"--dataset={shared}/c", f"--out_dir={tmp_path}", "--optimizer=muon"]
+    run_train(*common, "--max_steps=1")
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    checkpoint["optimizer"]["state"] = {}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="state of its optimizer is empty"):
+        run_train(*common, "--max_steps=2", "--init_from=resume")
 
 
 def test_the_command_that_goes_on_begins_nothing_anew(shared, tmp_path, monkeypatch, capsys):
