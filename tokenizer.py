@@ -170,7 +170,9 @@ class Tokenizer:
             return ids.astype(self.dtype)
         try:
             return self.id_of_rank[self.encoding.encode_to_numpy(text, disallowed_special=())]
-        except ValueError as e:  # no Unicode, or so many spaces in a row that its stack overflows
+        except UnicodeEncodeError as e:
+            raise ValueError(f"the text is no Unicode text: {e}") from None
+        except ValueError as e:  # so many spaces in a row that its stack overflows
             raise ValueError(f"GPT-2's pattern cannot split the text: {e}") from None
 
     def encode_documents(self, texts: list[str], special: bool = False) -> list[np.ndarray]:

@@ -228,8 +228,9 @@ def test_ids_past_the_vocabulary(kinds):
 
 def test_lone_surrogates(kinds):
     for tokenizer in kinds.values():
-        with pytest.raises(ValueError, match=r"ud83d' in position 2: surrogates not allowed"):
+        with pytest.raises(ValueError, match=r"ud83d' in position 2: surrogates not allowed") as e:
             tokenizer.encode("ab\ud83d")
+        assert "split" not in str(e.value)  # the pattern is not at fault
     for make in (lambda: char_tokenizer("ab\ud83d"), lambda: train_bpe(["ab", "\ud83d"], 257)):
         with pytest.raises(ValueError, match="ud83d.*surrogates not allowed"):
             make()
