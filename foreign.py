@@ -70,12 +70,12 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
         config["extra_special_tokens"] = older
     elif older and isinstance(config["extra_special_tokens"], dict):  # which do not replace them
         config["additional_special_tokens"] = older
-    if kind != "GPT2Tokenizer" and data.get("padding"):
-        config.setdefault("pad_token", data["padding"].get("pad_token"))
     config.setdefault("eos_token", None)  # none is named, so there is none
     if (folder / "chat_template.jinja").is_file():
         config["chat_template"] = read_text(folder / "chat_template.jinja")
     with library_errors(f"{folder} holds no usable tokenizer"):
+        if kind != "GPT2Tokenizer" and data.get("padding"):
+            config.setdefault("pad_token", data["padding"].get("pad_token"))
         definition = data if kind != "GPT2Tokenizer" else _gpt2_definition(folder, data, config)
         library = tokenizers.Tokenizer.from_str(json.dumps(definition))
         _add_tokens(library, data, config, read("added_tokens.json"))

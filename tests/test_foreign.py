@@ -223,8 +223,9 @@ def test_what_a_folder_names_survives_our_own_files(tmp_path):
 
 def test_a_damaged_file_is_one_line(tmp_path):
     data = json.loads(trained().to_str())
-    data["model"]["continuing_subword_prefix"] = "##"
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="no usable tokenizer|not a whole") as e:
-        open_tokenizer(str(tmp_path / "tokenizer.json"))
-    assert "\n" not in str(e.value)
+    for change in ({"padding": 7}, {"model": data["model"] | {"continuing_subword_prefix": "##"}}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(data | change))
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        with pytest.raises(ValueError, match="no usable tokenizer|not a whole") as e:
+            open_tokenizer(str(tmp_path / "tokenizer.json") if "model" in change else str(tmp_path))
+        assert "\n" not in str(e.value)
