@@ -375,6 +375,10 @@ def load_model(name, tokenizer=None, **options):
         load_adapter(model, folder)
         merge(model, for_good=True)
         return model.requires_grad_(), tokenizer
+    if not local_folder(name).is_dir() and find_file(name, "adapter_config.json",
+                                                     options.get("revision")):
+        raise ValueError(f"{name} on the hub has an adapter: download it (hf download {name} "
+                         "--local-dir FOLDER) and give that FOLDER")
     model = GPT.from_pretrained(name, **options)
     rows, own = model.config.vocab_size, None
     if tokenizer is None:

@@ -12,6 +12,7 @@ gets there, transformers, where it is installed, must compute the same logits as
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from checkpoint import adapter_base, load_model
 from configurator import run as run_script
 from files import read_json, write_text
+from foreign import OTHER_FILES, TOKENIZER_FILES
 from hf import DROPOUTS, PREFIX, find_file, load_torch
 from model import GPT, GPTConfig
 from run import Metrics
@@ -198,12 +200,15 @@ def main():
             tok = open_tokenizer("gpt2")
         found = {"Converted from": "a nanoGPT checkpoint",
                  "Training": f"{checkpoint.get('iter_num', 'unknown')} steps"}
-        if tok and tok.vocab_size > model.config.vocab_size:
+        if tok and not 0 <= model.config.vocab_size - tok.vocab_size < 128:  # some fill it up
             raise ValueError(f"{input} has a vocabulary of {model.config.vocab_size}, the "
                              f"tokenizer ({tok.name}) one of {tok.vocab_size}; name its own with "
                              "--tokenizer (nanoGPT's meta.pkl serves)")
-    else:
-        model, tok = load_model(input, tok, revision=revision)
+        if tok:
+            model.num_tokens = tok.vocab_size
+    else:  # adapters are merged in float32
+        model, tok = load_model(input, tok, revision=revision,
+                                dtype=torch.float32 if adapter_base(input) else None)
         found, kept = facts(path), kept_fields(input)
     if dtype is not None:
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -222,11 +227,16 @@ def main():
             tok.save(new, model_max_length=model.config.block_size)
         if not path.is_file():
             keep_generation_config(new / "generation_config.json")
+            if template := find_file(input, "template.txt", revision):  # of finetune_instruct.py
+                shutil.copyfile(template, new / "template.txt")
         unknown = read_json(new / "config.json").get("talegpt")
         write_text(new / "README.md", card(folder.resolve().name, model, tok, unknown, found))
         checked = check_export(new) if not unknown else (
             f"not checked: only the scripts here load a network with {unknown}")
         folder.mkdir(exist_ok=True)
+        for name in (*TOKENIZER_FILES, *OTHER_FILES, "template.txt"):  # of another model
+            if not (new / name).exists():
+                (folder / name).unlink(missing_ok=True)
         for file in new.iterdir():
             os.replace(file, folder / file.name)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))

@@ -118,6 +118,8 @@ class Device:
         where that is asked for (None: on a GPU) and works on all ranks, which loss(model) of a
         batch tries. dynamic: one graph for batches of any length."""
         wanted = self.type == "cuda" if asked is None else asked
+        if wanted:  # DDP cannot cut a graph that has a float among its inputs
+            torch._dynamo.config.specialize_float = True
         fast = torch.compile(net, dynamic=dynamic) if wanted else net
         model = self.parallel(fast, bfloat16)
         if fast is not net and not self.runs_compiled(model, loss):
@@ -209,10 +211,11 @@ class Device:
         self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
         if self.scaler.is_enabled():
-            self.scaler.step(optimizer)
+            if self.type != "mps" or norm.isfinite():  # on MPS fused AdamW ignores found_inf
+                self.scaler.step(optimizer)
             self.scaler.update()
         elif self.type != "mps" and getattr(optimizer, "_step_supports_amp_scaling", False):
-            # as the scaler does it: a GPU need not be waited for. On MPS found_inf is ignored.
+            # as the scaler does it: a GPU need not be waited for
             optimizer.grad_scale, optimizer.found_inf = None, 1 - norm.isfinite().float()
             optimizer.step()
         elif norm.isfinite():
@@ -255,7 +258,7 @@ def host_copy(value):
         tensors = [*value.parameters(), *value.buffers()]
         return copy.deepcopy(value, {id(tensor): host_copy(tensor) for tensor in tensors})
     if isinstance(value, torch.Tensor):
-        new = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value.detach())
+        new = torch.empty_like(value, device="cpu").copy_(value.detach())
         is_parameter = isinstance(value, torch.nn.Parameter)
         return torch.nn.Parameter(new, value.requires_grad) if is_parameter else new
     if isinstance(value, dict):

@@ -111,7 +111,7 @@ FIXED = ("seed", "mode", "style", "pooling", "prompt", "verbalizers", "keep", "l
 LIKE_TRANSFORMERS = {"style": "head", "pooling": "last"}  # how its classifiers read a text
 HEADLINE = ("accuracy", "macro_f1", "positive_f1")  # of results.json, also without a split's name
 NO_LABEL = ("", "None", "nan")  # an empty cell; null; pandas' missing value
-EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**18}  # in a batch without gradients
+EVAL_TOKENS = {"cpu": 2**13, "cuda": 2**16}  # in a batch without gradients
 
 
 # ---- tables ----
@@ -614,9 +614,12 @@ def main():
         seconds = time.perf_counter() - clock
         run.elapsed_s += seconds
         env.say(f"all features took {seconds:.1f} s; from now on only the linear layer is run")
+    net.train()
+    gpt.train(not frozen)
+    tried = rows["train"][:math.ceil(batch_size / parts)]  # as many as of a micro-batch
     model, fast = env.compiled(
         net, False if cached else compile, dynamic=True,
-        loss=lambda model: model(*collate(rows["train"][:batch_size], env.device)).sum())
+        loss=lambda model: model(*collate(tried, env.device)).sum())
 
     def evaluate_and_keep(epoch: int) -> dict:
         """The measures on dev; the best model is kept."""
@@ -634,8 +637,6 @@ def main():
     # ---- the loop ----
     if not epochs:
         run.log(**evaluate_and_keep(0))
-    net.train()
-    gpt.train(not frozen)
     batches = []
     for step in run.steps():
         epoch, number = divmod(step, per_epoch)

@@ -346,15 +346,17 @@ def main():
         return env.close()
     before = evaluate(net, test, env) if checkpoint is None else checkpoint["before"]
     del checkpoint
+    tried = train[:math.ceil(batch_size / env.world)]  # as many as a rank has of a batch
     model, fast = env.compiled(net, compile, dynamic=True,
-                               loss=lambda model: model(*collate(train[:batch_size], env.device)))
+                               loss=lambda model: model(*collate(tried, env.device)))
 
     def keep(folder, model):
         if mode == "lora":
             save_adapter(model, folder / "adapter", base)
             tokenizer.save(folder / "adapter", model_max_length=T)
+            write_text(folder / "adapter" / "template.txt", f"{form}\n")  # for sample.py
         save_best(folder, model, tokenizer)
-        write_text(folder / "best" / "template.txt", f"{form}\n")  # for sample.py
+        write_text(folder / "best" / "template.txt", f"{form}\n")
 
     def evaluate_and_keep() -> dict:
         loss = evaluate(fast, dev, env)
@@ -387,7 +389,10 @@ def main():
     if env.rank == 0:
         asked = [records[i] for i in numbers[2]]
         references = [record["output"] for record in asked]
-        texts = answers(prepare(best), tokenizer, [prompt for prompt, _ in test])
+        limit = max(1, T // 2, T - max_new_tokens)  # as in sample.py, whatever the reference is
+        prompts = [prompt_ids(tokenizer, form, record["instruction"], record["input"], limit)[0]
+                   for record in asked]
+        texts = answers(prepare(best), tokenizer, prompts)
         answered = [record | {"answer": text} for record, text in zip(asked, texts)]
         write_text(out / "answers.jsonl", "".join(f"{json.dumps(row)}\n" for row in answered))
         bits = loss / math.log(2) * sum(len(answer) for _, answer in test)

@@ -49,7 +49,8 @@ def local_folder(name) -> Path:
     if folder == HERE / "weights" and not folder.is_dir():
         raise ValueError(f"there is no model in {folder}; train one (make run, or python train.py "
                          "config/quickstart.py), or bring weights/ back (git checkout -- weights)")
-    return folder / "best" if (folder / "best" / "config.json").is_file() else folder
+    run = (folder / "best" / "config.json").is_file() and not (folder / "config.json").is_file()
+    return folder / "best" if run else folder
 
 
 def find_file(name, file: str, revision=None) -> Path | None:
@@ -92,16 +93,19 @@ def read_pretrained(name, revision=None):
     tensors = {PREFIX.sub("", key, 1) if PREFIX.match(key) else key: tensor
                for key, tensor in read_tensors(name, revision).items()}
     bare = not any(key.startswith("transformer.") for key in tensors)  # GPT2Model's own file
+    if not config["bias"]:  # transformers gives such a network biases, and trains them
+        config["bias"] = any(UNUSED_BIAS.search(key) and bool(read().count_nonzero())
+                             for key, (_, read) in tensors.items())
     for key, (shape, read) in tensors.items():
         if bare and not key.startswith(("lm_head.", "score.")):
             key = f"transformer.{key}"
-        zeros = not config["bias"] and UNUSED_BIAS.search(key) and not read().count_nonzero()
-        if zeros or MASKS.search(key):
+        if not config["bias"] and UNUSED_BIAS.search(key) or MASKS.search(key):  # zeros, masks
             continue
         if "talegpt" not in hf and CONV1D.search(key) and len(shape) == 2:
             shape, read = shape[::-1], lambda read=read: read().t()  # a view: nothing is moved
         ours[key] = (shape, read)
     if config["tie_word_embeddings"] and "lm_head.weight" in ours:  # tied where it is the same
+        ours.setdefault("transformer.wte.weight", ours["lm_head.weight"])  # the one that was kept
         (shape, wte), (head_shape, head) = (ours.get(f"{name}.weight", ((), None))
                                             for name in ("transformer.wte", "lm_head"))
         config["tie_word_embeddings"] = shape == head_shape and torch.equal(wte(), head())
@@ -116,6 +120,10 @@ def config_from_hf(hf: dict, path) -> dict:
     if hf.get("model_type", "gpt2" if old else None) not in ("gpt2", "talegpt"):
         raise ValueError(f"{path}: model_type is {hf.get('model_type')!r}, expected 'gpt2'")
     hf = dict.fromkeys(DROPOUTS, 0.1) | hf
+    for key in ALIASES.keys() & hf.keys() - {"n_ctx"}:  # that one transformers does not read
+        ours = ALIASES[key]
+        if hf[key] != hf.get(ours, hf[key]):
+            raise ValueError(f"{path}: {key}={hf[key]} contradicts {ours}={hf[ours]}")
     hf = {ALIASES[key]: value for key, value in hf.items() if key in ALIASES} | hf
     config = {ours: hf.get(theirs, default) for ours, (theirs, default) in NAMES.items()}
     config["dropout"], width = hf["resid_pdrop"], config["n_embd"]

@@ -94,7 +94,7 @@ def orthogonalize_shared(G):
     share = -(-len(G) // world)  # rounded up
     padded = G.new_zeros(world * share, *G.shape[1:])
     padded[:len(G)] = G
-    own = orthogonalize(padded.split(share)[dist.get_rank()])
+    own = orthogonalize(padded.split(share)[dist.get_rank()]).contiguous()  # as NCCL wants it
     shares = [torch.empty_like(own) for _ in range(world)]
     dist.all_gather(shares, own)
     return torch.cat(shares)[:len(G)]

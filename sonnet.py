@@ -168,7 +168,8 @@ def continue_rows(model: GPT, tok, rows, generator, temperature=1.0, top_p=None,
     idx, mask = left_padded(rows, model.transformer.wte.weight.device)
     n = min(max_new_tokens, model.config.block_size - idx.size(1))
     if num_beams > 1:
-        found = [beam_search(model, idx.new_tensor([row]), n, num_beams,
+        found = [beam_search(model, idx.new_tensor([row]),
+                             min(max_new_tokens, model.config.block_size - len(row)), num_beams,
                              eos_id=tok.eos_id)[0][0, len(row):] for row in rows]
         steps = pad_sequence(found, padding_value=tok.eos_id)  # (n, B), as the stream gives them
     else:

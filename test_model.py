@@ -304,6 +304,31 @@ def test_ours_to_transformers_and_back(tmp_path, options):
         assert torch.equal(back.state_dict()[name], tensor), name
 
 
+def test_biases_that_transformers_trained_come_back(tmp_path):
+    """A network without biases has them there, at zero, and its config.json still says bias=false."""
+    tiny(bias=False).save_pretrained(tmp_path)
+    hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        hf.transformer.h[1].attn.c_attn.bias += 0.5
+    hf.save_pretrained(tmp_path)
+    assert (hf(ids()).logits - GPT.from_pretrained(tmp_path)(ids())[0]).abs().max() < 1e-10
+
+
+def test_a_folder_with_a_model_is_no_run_whatever_its_best_is(tmp_path):
+    tiny(seed=1).save_pretrained(tmp_path)
+    tiny(seed=2).save_pretrained(tmp_path / "best")
+    assert (GPT.from_pretrained(tmp_path)(ids())[0] - tiny(seed=1)(ids())[0]).abs().max() < 1e-12
+
+
+def test_a_tied_weight_that_was_kept_as_the_heads(tmp_path):
+    """As safetensors' save_model writes it."""
+    tiny().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert (GPT.from_pretrained(tmp_path)(ids())[0] - tiny()(ids())[0]).abs().max() < 1e-12
+
+
 def test_transformers_folder_in_other_layouts(tmp_path):
     hf, x = tiny_hf(), ids()
     logits = hf(x).logits
@@ -386,6 +411,7 @@ def edit(path, **changes):
     ({"n_layer": 2}, r"h\.2\."), ({"n_layer": -1}, "n_layer"), ({"vocab_size": "97"}, "vocab_size"),
     ({"n_embd": 10**12}, "n_embd"), ({"n_head": 5}, "n_head=5"), ({"n_layer": 10**9}, "n_layer"),
     ({"resid_pdrop": []}, "dropout"), ({"n_embd": None, "n_inner": 5}, "n_inner"),
+    ({"num_attention_heads": 2}, "num_attention_heads=2 contradicts n_head=4"),
     ({"n_positions": 20}, r"wpe\.weight"), ({"n_embd": 2**40, "n_head": 1}, "n_embd")])
 def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path, change, word):
     tiny().save_pretrained(tmp_path)

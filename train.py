@@ -102,13 +102,15 @@ FROM_ONE = ("max_steps", "log_interval", "eval_interval", "block_size", "batch_s
 def evaluate(model, split, env, num_bytes: int | None = None) -> dict:
     """Mean loss over fixed windows of a split, shared among the ranks: val_loss (nats per token),
     val_ppl and, given the number of bytes in its text, val_bpb (bits per UTF-8 byte). All batches
-    have one shape, as a compiled model wants it, bounded by the size of its logits."""
+    have one shape, as a compiled model wants it, bounded by the sizes of its hidden states and of
+    its logits."""
     T, V = min(block_size, model.config.block_size), model.config.vocab_size
     tokens = split.tokens - 1  # the first is not predicted
     if eval_tokens is not None:
         tokens = min(tokens, eval_tokens)
     windows = -(-tokens // T)  # rounded up: the last is filled up with targets that do not count
-    rows = max(1, min(4096, 2**26 // V) // T if env.type == "cpu" else 2**28 // V // T)
+    limit = min(4096, 2**26 // V) if env.type == "cpu" else min(2**17, 2**28 // V)  # tokens
+    rows = max(1, limit // T)
     rows = -(-windows // -(-windows // rows))  # as even as it goes
     model.eval()
     losses = []  # (mean of a batch, its targets); a GPU is waited for only at the end

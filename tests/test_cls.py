@@ -299,6 +299,28 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(base, tmp_path, argv, monke
         run_script(base, tmp_path / "parts", *argv)
 
 
+def test_what_is_compiled_is_tried_as_it_is_trained(base, tmp_path, monkeypatch):
+    """On as many texts as of a micro-batch, in training mode: else memory that suffices seems not to,
+    and another graph is compiled."""
+    seen = []
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, net, **_):
+            super().__init__()
+            self.net = net
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "net" else getattr(self.net, name)
+
+        def forward(self, ids, last):
+            seen.append((len(ids), self.net.training, self.net.gpt.training))
+            return self.net(ids, last)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    run_script(base, tmp_path, "--epochs=1", "--compile", "--accumulation=4")
+    assert seen[0] == (4, True, True) == seen[1]
+
+
 def test_word_dropout(base, tmp_path, monkeypatch):
     """A share of the tokens that training reads is end-of-text, of dev and test none."""
     forward, ends = script.Classifier.forward, {True: [], False: []}

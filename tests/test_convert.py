@@ -245,6 +245,11 @@ def test_what_cannot_be_converted(tmp_path):
         with pytest.raises(ValueError, match=word):
             run_convert(*argv)
     tiny().save_pretrained(tmp_path / "m")
+    args = {"block_size": 8, "vocab_size": 400, "n_layer": 1, "n_head": 1, "n_embd": 8, "bias": True, "dropout": 0.0}
+    state = GPT(GPTConfig(**args)).state_dict()
+    torch.save({"model_args": args, "model": state | {"lm_head.weight": state["transformer.wte.weight"]}}, tmp_path / "wide.pt")
+    with pytest.raises(ValueError, match="a vocabulary of 400, the tokenizer .bytes. one of 256"):
+        run_convert(f"--input={tmp_path}/wide.pt", f"--out={tmp_path}/o", "--tokenizer=bytes")
     with pytest.raises(ValueError, match="50257 ids, the model .* has 97 rows"):
         run_convert(f"--input={tmp_path}/m", f"--out={tmp_path}/o")
     assert not (tmp_path / "o").exists()
@@ -267,6 +272,12 @@ def test_hub_names_come_from_the_local_cache(tmp_path, monkeypatch):
         assert (model(x)[0] - models[commit](x)[0]).abs().max() < 1e-12
     with pytest.raises(ValueError, match="hf download someone/other"):
         GPT.from_pretrained("someone/other")
+    for commit in models:  # beside a whole model, and alone
+        (repo / "snapshots" / commit / "adapter_config.json").write_text("{}")
+    (repo / "snapshots" / ("b" * 40) / "config.json").unlink()
+    for revision in (None, "v2"):
+        with pytest.raises(ValueError, match="someone/tiny-gpt2 on the hub has an adapter: download it"):
+            load_model("someone/tiny-gpt2", revision=revision)
 
 
 def test_fresh_network_with_pretrained_token_embeddings(tmp_path):
@@ -304,6 +315,38 @@ def test_adapters_merged_on_loading_stay_merged(tmp_path):
     merge(loaded)  # as fine-tunings do to save
     unmerge(loaded)
     assert torch.equal(loaded(ids())[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_are_merged_in_float32_whatever_their_base_is_in(tmp_path, dtype):
+    peft = pytest.importorskip("peft")
+    model = tiny(vocab_size=256).to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    open_tokenizer("bytes").save(tmp_path / "base")
+    add_lora(model.float(), 2, 4.0)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    run_convert(f"--input={tmp_path}/adapter", f"--out={tmp_path}/o")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    assert (theirs(ids()).logits - GPT.from_pretrained(tmp_path / "o")(ids())[0]).abs().max() < 1e-4
+
+
+def test_nothing_of_another_model_stays_beside_an_export(tmp_path):
+    model = tiny(vocab_size=256).float()
+    model.save_pretrained(tmp_path / "m")
+    open_tokenizer("bytes").save(tmp_path / "m")
+    (tmp_path / "m" / "template.txt").write_text("{instruction}{input}{output}\n")
+    (tmp_path / "o").mkdir()
+    for name, content in (("special_tokens_map.json", '{"eos_token": "a"}'), ("chat_template.jinja", "x"),
+                          ("added_tokens.json", '{"<x>": 256}'), ("template.txt", "old"), ("notes.txt", "mine")):
+        (tmp_path / "o" / name).write_text(content)
+    run_convert(f"--input={tmp_path}/m", f"--out={tmp_path}/o")
+    found = {file.name: file for file in (tmp_path / "o").iterdir()}
+    assert found["template.txt"].read_text() == "{instruction}{input}{output}\n" and "notes.txt" in found
+    assert not found.keys() & {"special_tokens_map.json", "chat_template.jinja", "added_tokens.json"}
 
 
 def test_what_a_model_asks_of_decoding_is_kept_and_said(tmp_path, capsys):

@@ -616,7 +616,27 @@ def test_every_mode_learns_to_answer(base, tmp_path, capsys, monkeypatch, mode, 
         assert hf.peft_config["default"].base_model_name_or_path == f"{base}/best"
         adapted, _ = load_model(str(tmp_path / "adapter"))  # on the base that it names
         assert (adapted(x)[0] - model(x)[0]).abs().max() < 1e-5
+        assert (tmp_path / "adapter" / "template.txt").read_text() == form
         assert ">no" in sample(tmp_path / "adapter", "--start=say\n\nf3n\n\n>").stdout.split()
+
+
+def test_adapters_are_compiled_on_several_ranks(monkeypatch):
+    """DDP cuts their graph in pieces, which it cannot with a number among its inputs."""
+    import torch.distributed as dist
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compiler(*args, backend="aot_eager", **options))
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        env, gpt = Device("cpu"), GPT(GPTConfig(64, 500, 4, 4, 256))
+        set_trainable(gpt, "lora", rank=48, alpha=32.0, dropout=0.1)  # over a megabyte: several pieces
+        net = script.AnswerLoss(gpt)
+        env.world = 2
+        batch = [([1, 2, 3, 4 + i], [5, 6, 7]) for i in range(4)]
+        _, fast = env.compiled(net, True, lambda model: model(*script.collate(batch, "cpu")), dynamic=True)
+        assert fast is not net
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])

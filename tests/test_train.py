@@ -293,6 +293,24 @@ def test_an_update_whose_gradient_is_not_finite_changes_nothing():
                 assert not other.state
 
 
+def test_an_optimizer_that_ignores_what_the_scaler_found():
+    """As fused AdamW on a Mac's GPU does; the scale falls all the same."""
+    class Ignorant(torch.optim.SGD):
+        _step_supports_amp_scaling = True
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.data -= 0.1 * p.grad
+
+    env, model = Device("cpu"), torch.nn.Linear(2, 2)
+    env.type, env.scaler = "mps", torch.amp.GradScaler("cpu", init_scale=8.0)
+    update, before = Ignorant(model.parameters(), 0.1), model.weight.detach().clone()
+    for bad in (True, False):
+        env.scaler.scale(model(torch.full((1, 2), math.inf if bad else 1.0)).sum()).backward()
+        env.update(update, model.parameters(), 1.0)
+        assert torch.equal(model.weight, before) == bad and env.scaler.get_scale() == 4.0
+
+
 def test_run_folder_and_sample(shared, tmp_path, capsys):
     out, common = tmp_path / "run", [*TINY, f"--dataset={shared}/g"]
     text = python(HERE / "train.py", *common, "--max_steps=2", "--eval_interval=2",
