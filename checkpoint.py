@@ -121,8 +121,11 @@ def take_settings(script: dict):
     for path in checkpoints(Path(script["out_dir"]))[:2]:
         with suppress(ValueError, TypeError, OSError):  # a damaged one is for open_run
             old = settings_of(load_torch(path))
-            script.update({name: value for name, value in old.items() if name in script
-                           and name not in script["_given"] and name not in OF_THE_MOMENT})
+            kept = {*script["_given"], *OF_THE_MOMENT}
+            if script.get("eval_only"):  # no arithmetic goes on
+                kept.add("dtype")
+            script.update({name: value for name, value in old.items()
+                           if name in script and name not in kept})
             return
     if script["init_from"] == "resume" and not checkpoints(Path(script["out_dir"])):
         raise ValueError(f"no {Path(script['out_dir'], 'ckpt.pt')} to resume from; start without "

@@ -21,7 +21,7 @@ import torch
 from checkpoint import adapter_base, load_model
 from configurator import run as run_script
 from files import read_json, write_text
-from foreign import OTHER_FILES, TOKENIZER_FILES
+from foreign import TOKENIZER_FILES
 from hf import DROPOUTS, PREFIX, find_file, load_torch
 from model import GPT, GPTConfig
 from run import Metrics
@@ -30,7 +30,7 @@ from tokenizer import open_tokenizer
 input: str | None = None  # run folder, Hugging Face folder, hub name, or nanoGPT's ckpt.pt
 out: str | None = None  # the folder to write
 tokenizer: str | None = None  # gpt2, bytes, a file or folder, nanoGPT's meta.pkl; None: the model's
-dtype: str | None = None  # float32, bfloat16 or float16; None: as it is
+dtype: str | None = None  # float32, bfloat16 or float16; None: as it is, merged adapters float32
 revision: str | None = None  # of a hub name
 licence = "unknown"  # of the weights, for the card: an SPDX-like id such as mit or cdla-sharing-1.0
 notes: list[str] = []  # further lines of the card, `Name: text`
@@ -234,7 +234,7 @@ def main():
         checked = check_export(new) if not unknown else (
             f"not checked: only the scripts here load a network with {unknown}")
         folder.mkdir(exist_ok=True)
-        for name in (*TOKENIZER_FILES, *OTHER_FILES, "template.txt"):  # of another model
+        for name in (*TOKENIZER_FILES, "template.txt") if tok else ():  # of another model
             if not (new / name).exists():
                 (folder / name).unlink(missing_ok=True)
         for file in new.iterdir():

@@ -105,7 +105,8 @@ class Device:
         if self.world == 1:
             return model
         if bfloat16 and self.type != "cuda":
-            raise ValueError("bfloat16_gradients is for ranks on GPUs; leave it out")
+            raise ValueError("bfloat16_gradients is for ranks on GPUs; go on without: "
+                             "--bfloat16_gradients=False")
         model = DDP(model, device_ids=[self.device] if self.type == "cuda" else None,
                     gradient_as_bucket_view=True)
         if bfloat16:

@@ -184,11 +184,14 @@ def read_splits() -> dict[str, list[Example]]:
                 raise ValueError(f"there is no {file}; without a test set: --test_file=")
             splits[name] = make_examples(read_table(file), file, name != "test")
     if "dev" not in splits:
+        if not 0 < dev_fraction < 1:
+            raise ValueError(f"dev_fraction must be in (0, 1), got {dev_fraction}")
         train = splits["train"]
         n = max(1, round(dev_fraction * len(train)))
         shuffled = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
         splits["dev"], splits["train"] = shuffled[:n], shuffled[n:]
-        if rare := {e.label for e in train} - {e.label for e in splits["train"]}:
+        rare = {e.label for e in train} - {e.label for e in splits["train"]}
+        if rare and epochs:
             raise ValueError(f"all rows of class {min(rare)} are among the {n} that dev_fraction "
                              "cuts off for dev; give another --seed, or a --dev_file")
     return splits
@@ -555,9 +558,8 @@ def main():
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a batch
     if predict or predict_file:
         return classify(env)
-    if not 0 <= word_dropout < 1 or not 0 < dev_fraction < 1:
-        raise ValueError("expected word_dropout in [0, 1) and dev_fraction in (0, 1), got "
-                         f"{word_dropout} and {dev_fraction}")
+    if not 0 <= word_dropout < 1:
+        raise ValueError(f"word_dropout must be in [0, 1), got {word_dropout}")
     checkpoint = open_run(env, out, settings, FIXED, data=str, base=str)
     base = checkpoint["base"] if checkpoint else init_from
 

@@ -155,9 +155,11 @@ def read_template() -> str:
     """The template's text; ValueError for one without its slots."""
     form = ALPACA if template is None else read_text(template).rstrip()
     slots = sorted(re.findall(r"\{\w+\}", form))
-    if slots != ["{input}", "{instruction}", "{output}"] or not form.endswith("{output}"):
+    whole = {*slots} == {"{instruction}", "{input}", "{output}"} and form.endswith("{output}")
+    if not whole or slots.count("{output}") > 1:
         raise ValueError(f"template {template} must have the slots {{instruction}} and {{input}}, "
-                         f"each once, no other, and end with {{output}}; it has {', '.join(slots)}")
+                         "no other, and end with {output}, its only one; it has "
+                         f"{', '.join(slots)}")
     return form
 
 

@@ -93,7 +93,7 @@ def read_pretrained(name, revision=None):
     tensors = {PREFIX.sub("", key, 1) if PREFIX.match(key) else key: tensor
                for key, tensor in read_tensors(name, revision).items()}
     bare = not any(key.startswith("transformer.") for key in tensors)  # GPT2Model's own file
-    if not config["bias"]:  # transformers gives such a network biases, and trains them
+    if not config["bias"] and "talegpt" not in hf:  # transformers gives it biases, and trains them
         config["bias"] = any(UNUSED_BIAS.search(key) and bool(read().count_nonzero())
                              for key, (_, read) in tensors.items())
     for key, (shape, read) in tensors.items():
@@ -122,7 +122,7 @@ def config_from_hf(hf: dict, path) -> dict:
     hf = dict.fromkeys(DROPOUTS, 0.1) | hf
     for key in ALIASES.keys() & hf.keys() - {"n_ctx"}:  # that one transformers does not read
         ours = ALIASES[key]
-        if hf[key] != hf.get(ours, hf[key]):
+        if hf[key] is not None and hf[key] != hf.get(ours, hf[key]):
             raise ValueError(f"{path}: {key}={hf[key]} contradicts {ours}={hf[ours]}")
     hf = {ALIASES[key]: value for key, value in hf.items() if key in ALIASES} | hf
     config = {ours: hf.get(theirs, default) for ours, (theirs, default) in NAMES.items()}

@@ -70,7 +70,7 @@ class Run:
         self.settings, self.max_steps, self.eval_interval = settings, max_steps, eval_interval
         rate = settings.get("adamw_learning_rate")
         if rate is not None and settings["optimizer"] != "muon":
-            env.say(f"note: optimizer={settings['optimizer']} trains all parameters at "
+            env.say(f"note: optimizer={settings['optimizer']} trains embeddings, too, at "
                     f"learning_rate={settings['learning_rate']}: adamw_learning_rate={rate} is "
                     "heeded with optimizer=muon only")
         self.flops, self.parameters = flops, [*model.parameters()]
@@ -117,15 +117,17 @@ class Run:
                     project=settings["wandb_project"], name=self.out.name, config=settings,
                     id=checkpoint.get("wandb_id"), resume="allow")
             except ImportError as e:
-                raise ValueError(f"wandb_project needs pip install wandb ({e})") from None
+                raise ValueError(f"wandb_project needs pip install wandb ({e}); without it: "
+                                 "--wandb_project=None") from None
             except Exception as e:  # noqa: BLE001 (its own errors, such as of an account)
                 raise ValueError(f"Weights & Biases cannot begin ({e}); log in by `wandb login`, "
-                                 "or leave wandb_project out") from None
+                                 "or go on without: --wandb_project=None") from None
         if settings.get("tensorboard"):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as e:
-                raise ValueError(f"tensorboard needs pip install tensorboard ({e})") from None
+                raise ValueError(f"tensorboard needs pip install tensorboard ({e}); without it: "
+                                 "--tensorboard=False") from None
             self.tensorboard = SummaryWriter(self.folder / "tensorboard",
                                              purge_step=checkpoint.get("step", -1) + 1)
 
@@ -264,11 +266,12 @@ class Run:
                 self.env.say(f"step {step}: the gradient is not finite, its update is skipped"
                              + source)
             if self.bad_in_a_row >= most:
+                older = (" (or from the one before: rename its ckpt-STEP.pt to ckpt.pt)"
+                         if self.settings.get("keep_checkpoints", 1) > 1 else "")
                 raise ValueError(
                     f"the gradient was not finite in {self.bad_in_a_row} steps in a row, up to "
                     f"step {step}; lower --learning_rate, and go on from the last checkpoint, if "
-                    "there is one, with --init_from=resume (or from the one before: rename its "
-                    "ckpt-STEP.pt to ckpt.pt)")
+                    f"there is one, with --init_from=resume{older}")
         self.updates = []
         return norm.item()
 
@@ -337,10 +340,11 @@ class Run:
             future.result()
 
     def save(self, **more):
-        """OUT/ckpt.pt: what resuming needs of the run, and what the script adds to it. While
-        updates are skipped the checkpoints before stay: these weights may have diverged."""
-        ends = self.stopped or self.step == self.max_steps
-        if self.bad_in_a_row and self.last_saved and not ends:
+        """OUT/ckpt.pt: what resuming needs of the run, and what the script adds to it. Where
+        several updates in a row were skipped, before the end, the checkpoints from before stay."""
+        goes_on = self.last_saved and not self.stopped and self.step < self.max_steps
+        if self.bad_in_a_row > 1 and goes_on and not self.env.scaler.is_enabled():
+            self.env.say(f"step {self.step}: not saved, as the weights may have diverged")
             return
         if self.env.rank == 0:
             self.metrics.sync()

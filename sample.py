@@ -109,9 +109,8 @@ def main():
     if num_samples > 1 and num_beams > 1:
         raise ValueError("beam search writes one text: give num_samples or num_beams")
     of_the_other = {"temperature", "top_k", "top_p"} if num_beams > 1 else {"length_penalty"}
-    if useless := globals()["_given"] & of_the_other:
-        raise ValueError(f"{min(useless)} does nothing with num_beams={num_beams}: beam search "
-                         "draws no tokens, and length_penalty is its own; leave it out")
+    for name in sorted(globals()["_given"] & of_the_other):
+        print(f"note: {name} does nothing with num_beams={num_beams}")
     if start and instruct is not None:
         raise ValueError("give start or instruct, not both")
     env = Device(device, dtype)

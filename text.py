@@ -275,9 +275,9 @@ def _csv_rows(file, column=None, quoting=csv.QUOTE_MINIMAL):
                 rest = len(names) - 1 - place  # tabs behind this field
                 if len(tabs) > 1 and sum(tabs[:-1]) and tabs == [  # whole rows in one field
                         rest, *[place + rest] * (len(tabs) - 2), place]:
-                    raise ValueError(f"lines {start} to {reader.line_num} are one row, as a text "
-                                     "there begins with a quotation mark; a table without quoting "
-                                     "is read as .txt")
+                    say_once(f"note: lines {start} to {reader.line_num} of a table are one row, as "
+                             "a text there begins with a quotation mark; a table without quoting "
+                             "is read as .txt")
             if fields:
                 empty.append((f"line {start}", dict(zip_longest(names, fields[:len(names)]))))
             start = reader.line_num + 1
@@ -384,7 +384,7 @@ def normalize(text: str) -> str:
 def words(text: str) -> list[str]:
     """The words of a text, lower-cased, without punctuation but for apostrophes inside: letters of
     any script, with their accents and vowel signs, and digits."""
-    letters = r"[\p{L}\p{M}\p{N}]+"
+    letters = r"[\p{L}\p{M}\p{N}\u200c\u200d]+"  # the last two join letters
     text = unicodedata.normalize("NFC", text.lower())
     return regex.findall(rf"{letters}(?:['’]{letters})*", text)
 

@@ -207,7 +207,7 @@ def take_what_is_there(script: dict):
         script["init_from"] = "resume"
     take_settings(script)
     if evaluates and (Path(out_dir) / "best" / "config.json").is_file():
-        script["init_from"] = out_dir
+        script["init_from"], script["revision"] = out_dir, None  # that one was of a hub name
     if init_from.strip() in ("", "scratch", "resume", "auto"):
         return
     base = adapter_base(init_from) or init_from

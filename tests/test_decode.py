@@ -296,7 +296,9 @@ def test_sample_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "from a file" in write("--start=FILE:~/prompt.txt")
     assert "--- 2\nOnce" in write("--start=Once", "--num_samples=2")
-    assert "score" in write("--num_beams=3", "--quantize=int8")
+    assert "score" in (said := write("--num_beams=3", "--quantize=int8")) and "note" not in said
+    assert "note: top_p does nothing with num_beams=2" in write("--num_beams=2", "--top_p=0.9")
+    assert "note: length_penalty does nothing with num_beams=1" in write("--length_penalty=2")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\n\xff\ntwo\nquit\nthree\n")))
     text = write("--interactive", "--start=zero")
     assert text.count("tokens/s") == 4 and "zero" in text and "one" in text and "error: " in text
@@ -306,8 +308,6 @@ def test_sample_script(tmp_path, monkeypatch, capsys):
                        ("--num_beams=0", "num_beams"), ("--quantize=int4", "int4"),
                        ("--tokenizer=gpt2", "50257 ids"), ("--start=FILE:/none.txt", "/none.txt"),
                        ("--instruct=Add.", "--start"), ("--revision=v1", "is a folder"),
-                       ("--length_penalty=2", "length_penalty does nothing"),
-                       ("--num_beams=2 --top_p=0.9", "top_p does nothing"),
                        ("--init_from=resume", "resume is for training; name a model")):
         with pytest.raises((ValueError, OSError), match=word):
             write(*flag.split())

@@ -623,7 +623,12 @@ def test_a_resumed_run_keeps_its_arithmetic_and_its_checkpoints(shared, tmp_path
     run_train(*common, "--max_steps=4", "--keep_checkpoints=4", "--dtype=bfloat16")
     run_train("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=5", "--device=cpu")
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["ckpt-2.pt", "ckpt-3.pt", "ckpt-4.pt", "ckpt.pt"]
-    assert weights(tmp_path)["settings"]["dtype"] == "bfloat16"
+    checkpoint = weights(tmp_path)
+    assert checkpoint["settings"]["dtype"] == "bfloat16"
+    checkpoint["settings"] |= {"dtype": "float16", "revision": "v2"}  # of a GPU, from a hub name
+    torch.save(checkpoint, tmp_path / "changed")  # not over the file that it is mapped to
+    os.replace(tmp_path / "changed", tmp_path / "ckpt.pt")
+    run_train("--eval_only", f"--out_dir={tmp_path}", "--device=cpu")
 
 
 def test_an_empty_state_of_muon_is_refused(shared, tmp_path):
