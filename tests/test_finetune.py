@@ -625,7 +625,6 @@ def test_adapters_are_compiled_on_several_ranks(monkeypatch):
     import torch.distributed as dist
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compiler(*args, backend="aot_eager", **options))
-    monkeypatch.setattr(torch._dynamo.config, "specialize_float", False)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         env, gpt = Device("cpu"), GPT(GPTConfig(64, 500, 4, 4, 256))
@@ -633,7 +632,8 @@ def test_adapters_are_compiled_on_several_ranks(monkeypatch):
         net = script.AnswerLoss(gpt)
         env.world = 2
         batch = [([1, 2, 3, 4 + i], [5, 6, 7]) for i in range(4)]
-        _, fast = env.compiled(net, True, lambda model: model(*script.collate(batch, "cpu")), dynamic=True)
+        with torch._dynamo.config.patch(specialize_float=False):  # as it is at first; put back
+            _, fast = env.compiled(net, True, lambda model: model(*script.collate(batch, "cpu")), dynamic=True)
         assert fast is not net
     finally:
         dist.destroy_process_group()
