@@ -627,8 +627,8 @@ def test_adapters_are_compiled_on_several_ranks(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compiler(*args, backend="aot_eager", **options))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        env, gpt = Device("cpu"), GPT(GPTConfig(64, 500, 4, 4, 256))
-        set_trainable(gpt, "lora", rank=48, alpha=32.0, dropout=0.1)  # over a megabyte: several pieces
+        env, gpt = Device("cpu"), GPT(GPTConfig(64, 500, 2, 4, 256))
+        set_trainable(gpt, "lora", rank=96, alpha=32.0, dropout=0.1)  # over a megabyte: several pieces
         net = script.AnswerLoss(gpt)
         env.world = 2
         batch = [([1, 2, 3, 4 + i], [5, 6, 7]) for i in range(4)]
