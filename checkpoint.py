@@ -362,15 +362,14 @@ def load_model(name, tokenizer=None, **options):
     its name, may be given; without one and without files of it, it is GPT-2's. options go to
     GPT.from_pretrained. Rows of the model past the tokenizer's ids are never drawn; ValueError
     where there are fewer, and for a revision of a folder, which has none."""
-    if name in ("scratch", "resume", "auto") and not local_folder(name).is_dir():
+    is_folder, revision = local_folder(name).is_dir(), options.get("revision")
+    if name in ("scratch", "resume", "auto") and not is_folder:
         raise ValueError(f"init_from={name} is for training; name a model: the folder of a run, "
                          "such as out/NAME, or a hub name")
-    if options.get("revision") and local_folder(name).is_dir():
-        raise ValueError(f"revision={options['revision']} is of a hub name, {name} is a folder")
     if base := adapter_base(name):
         folder = local_folder(name)
         try:
-            own = tokenizer or model_tokenizer(name, options.get("revision"))
+            own = tokenizer or model_tokenizer(name, revision)
             model, tokenizer = load_model(base, own, **options)
         except ValueError as e:
             raise ValueError(f"{folder / 'adapter_config.json'} names the base model {base}: {e}"
@@ -378,14 +377,15 @@ def load_model(name, tokenizer=None, **options):
         load_adapter(model, folder)
         merge(model, for_good=True)
         return model.requires_grad_(), tokenizer
-    if not local_folder(name).is_dir() and find_file(name, "adapter_config.json",
-                                                     options.get("revision")):
+    if revision and is_folder:
+        raise ValueError(f"revision={revision} is of a hub name, {name} is a folder")
+    if not is_folder and find_file(name, "adapter_config.json", revision):
         raise ValueError(f"{name} on the hub has an adapter: download it (hf download {name} "
                          "--local-dir FOLDER) and give that FOLDER")
     model = GPT.from_pretrained(name, **options)
     rows, own = model.config.vocab_size, None
     if tokenizer is None:
-        tokenizer = own = model_tokenizer(name, options.get("revision"))
+        tokenizer = own = model_tokenizer(name, revision)
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = open_tokenizer(tokenizer or "gpt2")
     size = tokenizer.vocab_size
@@ -394,5 +394,5 @@ def load_model(name, tokenizer=None, **options):
                          f"has {rows} rows for them; its folder needs the tokenizer.json that it "
                          f"was trained with, and --tokenizer={name} prepares data for it")
     model.num_tokens = tokenizer.vocab_size
-    note_decoding(name, options.get("revision"), model.num_tokens)
+    note_decoding(name, revision, model.num_tokens)
     return model, tokenizer

@@ -156,8 +156,13 @@ def make_examples(table: list[dict], where: str, needs_labels: bool) -> list[Exa
     for example in examples:
         if example.label in NO_LABEL or re.fullmatch(r"[+-]?\d*\.\d+", example.label):
             raise ValueError(f"{example.where} has the label {example.label!r} in the columns "
-                             f"{label_column}, expected a word or a whole number")
+                             f"{label_column}, expected a word or a whole number{hint()}")
     return examples
+
+
+def hint() -> str:
+    """What helps where the labels of a table are wrong that needs none."""
+    return "; --label_column=none predicts without labels" if predict_file else ""
 
 
 def read_splits() -> dict[str, list[Example]]:
@@ -213,7 +218,7 @@ def class_numbers(examples: list[Example], names: list[str]) -> torch.Tensor:
     for example in examples:
         if example.label not in names:
             raise ValueError(f"{example.where} has the label {example.label!r}, which is not among "
-                             f"the classes of training: {', '.join(names)}")
+                             f"the classes of training: {', '.join(names)}{hint()}")
     return torch.tensor([names.index(example.label) for example in examples])
 
 
@@ -482,12 +487,14 @@ def write_predictions(path: Path, examples: list[Example], logits, names: list[s
 
 def evaluate(net: Classifier, path: Path, examples: list[Example], rows, names, env) -> dict:
     """Writes the predictions, and shows the measures of examples that have labels."""
+    labelled = examples[0].label is not None
+    labels = class_numbers(examples, names) if labelled else None  # before what takes time
     logits = batched_forward(net, rows, env).cpu()
     if env.rank == 0:
         write_predictions(path, examples, logits, names)
-    if examples[0].label is None:
+    if not labelled:
         return {}
-    found = measures(logits, class_numbers(examples, names))
+    found = measures(logits, labels)
     if len(names) == len(examples[0].text) == 2:  # of pairs
         found["positive_f1"] = found["f1"][1]
     env.say(f"{path.name}: {show(found, names)}")
@@ -527,13 +534,7 @@ def classify(env):
         tokenizer.pad_id = config.get("pad_token_id")
     T = min(max_tokens or net.gpt.config.block_size, net.gpt.config.block_size)
     if predict_file:
-        try:
-            examples = make_examples(read_table(predict_file), predict_file, False)
-            if examples[0].label is not None:
-                class_numbers(examples, names)
-        except ValueError as e:
-            raise ValueError(f"{e}; --label_column=none predicts without labels" if "has the label"
-                             in str(e) else str(e)) from None
+        examples = make_examples(read_table(predict_file), predict_file, False)
     else:
         texts = [tuple(predict[i:i + n]) for i in range(0, len(predict), n)]
         examples = [Example("--predict", "", text, None) for text in texts]

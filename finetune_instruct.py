@@ -46,7 +46,7 @@ from lora import save_adapter, set_trainable
 from model import GPT
 from optim import build_optimizer
 from run import Run
-from text import hub_rows, instruction_record, prompt_ids, read_table
+from text import hub_rows, instruction_record, prompt_ids, prompt_limit, read_table
 
 # what and where
 out_dir = "out/finetune_instruct"  # the run's folder
@@ -391,7 +391,7 @@ def main():
     if env.rank == 0:
         asked = [records[i] for i in numbers[2]]
         references = [record["output"] for record in asked]
-        limit = max(1, T // 2, T - max_new_tokens)  # as in sample.py, whatever the reference is
+        limit = prompt_limit(T, max_new_tokens)  # whatever the reference is
         prompts = [prompt_ids(tokenizer, form, record["instruction"], record["input"], limit)[0]
                    for record in asked]
         texts = answers(prepare(best), tokenizer, prompts)

@@ -20,7 +20,7 @@ from decode import beam_search, prepare, stream_text
 from device import Device
 from files import read_text
 from hf import local_folder
-from text import prompt_ids, typed
+from text import prompt_ids, prompt_limit, typed
 
 init_from: str | None = None  # run or Hugging Face folder, hub name; None: newest run, or weights/
 revision: str | None = None  # of a hub name
@@ -67,8 +67,8 @@ def write(model, tok, text: str, number: int, template: str | None = None):
     the number of tokens and their rate. The random numbers are those of `seed` plus `number`."""
     T = model.config.block_size
     if template:
-        limit = max(1, T // 2, T - max_new_tokens)
-        ids, cut = prompt_ids(tok, template, text.strip(), instruct_input.strip(), limit)
+        ids, cut = prompt_ids(tok, template, text.strip(), instruct_input.strip(),
+                              prompt_limit(T, max_new_tokens))
         if cut:
             print(f"note: the prompt does not fit the context of {T}: its end was cut")
         shown = []

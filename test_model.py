@@ -305,7 +305,7 @@ def test_ours_to_transformers_and_back(tmp_path, options):
 
 
 def test_biases_that_transformers_trained_come_back(tmp_path):
-    """A network without biases has them there, at zero, and its config.json still says bias=false."""
+    """A network without biases has them there, at zero, and its config.json says bias=false."""
     tiny(bias=False).save_pretrained(tmp_path)
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():

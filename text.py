@@ -445,6 +445,11 @@ def split_template(template: str, text: str) -> tuple[str, str]:
     return template[:cut], template[cut:]
 
 
+def prompt_limit(T: int, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have in a context of T: what an answer leaves, at least half."""
+    return max(1, T // 2, T - max_new_tokens)
+
+
 def prompt_ids(tokenizer, template: str, instruction: str, text: str, limit: int) -> tuple:
     """(ids of a filled template, whether it was cut). Special tokens of the template are parsed,
     those written out in instruction and text are text. A prompt of more than `limit` tokens loses

@@ -50,7 +50,8 @@ def main(imdb: Path, cs224n: Path, mrpc: Path, out: Path):
         with replacing(out / f"{name}.jsonl") as tmp, open(tmp, "w", encoding="utf-8") as file:
             for document in documents:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in document)
-    print(f"{out}: {len(reviews):,} reviews, of them {len(val)} in val.jsonl, and {len(pairs):,} pairs")
+    print(f"{out}: {len(reviews):,} reviews, of them {len(val)} in val.jsonl, and "
+          f"{len(pairs):,} pairs")
 
 
 if __name__ == "__main__":

@@ -299,6 +299,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(base, tmp_path, argv, monke
         run_script(base, tmp_path / "parts", *argv)
 
 
+def test_labels_of_another_naming_do_not_keep_from_predicting(base, tmp_path):
+    run_script(base, tmp_path / "run", "--epochs=1")
+    for label, word in (("7", "not among"), ("4.5", "expected a word")):
+        table = write(tmp_path / "stars.csv", [{"text": "x", "label": label}])
+        argv = f"--init_from={tmp_path}/run", f"--predict_file={table}"
+        with pytest.raises(ValueError, match=f"{word}.*--label_column=none predicts without labels"):
+            start(*argv)
+        assert not (tmp_path / "run" / "predictions_of_stars.csv").exists()
+        start(*argv, "--label_column=none")
+        (tmp_path / "run" / "predictions_of_stars.csv").unlink()
+
+
 def test_what_is_compiled_is_tried_as_it_is_trained(base, tmp_path, monkeypatch):
     """On as many texts as of a micro-batch, in training mode: else memory that suffices seems not to,
     and another graph is compiled."""

@@ -620,6 +620,15 @@ def test_every_mode_learns_to_answer(base, tmp_path, capsys, monkeypatch, mode, 
         assert ">no" in sample(tmp_path / "adapter", "--start=say\n\nf3n\n\n>").stdout.split()
 
 
+def test_prompts_of_answers_do_not_depend_on_the_reference(base, tmp_path, monkeypatch):
+    T, seen, answers = load_model(base)[0].config.block_size, [], script.answers
+    write_records(tmp_path / "data.json", [{"instruction": f"say {n}", "input": "x" * 2 * T, "output": "ja" * (1 + n % 3)}
+                                           for n in range(60)])
+    monkeypatch.setattr(script, "answers", lambda gpt, tok, prompts: seen.extend(prompts) or answers(gpt, tok, prompts))
+    run_script(base, tmp_path / "run", "--epochs=1", f"--data={tmp_path}/data.json")
+    assert {*map(len, seen)} == {T - 6}  # 6 new tokens
+
+
 def test_adapters_are_compiled_on_several_ranks(monkeypatch):
     """DDP cuts their graph in pieces, which it cannot with a number among its inputs."""
     import torch.distributed as dist
@@ -654,8 +663,9 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, capsys, mode)
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(script, "save_best", save_and_stop)
-    run_script(base, tmp_path / "cut", *options)
-    assert "stopped by SIGINT at step 7; go on with: " in capsys.readouterr().out
+    run_script(base, tmp_path / "cut", *options, "--overwrite")
+    said = capsys.readouterr().out
+    assert "stopped by SIGINT at step 7; go on with: " in said and "--overwrite=False" in said
     assert load_torch(tmp_path / "cut" / "ckpt.pt")["step"] == 7
     assert not (tmp_path / "cut" / "results.json").exists()
     monkeypatch.undo()
